@@ -1,9 +1,11 @@
-"""What the hidden layers of a model give out, read while somebody listens."""
+"""What the hidden layers of a model give out, read while somebody listens; at other times no hook is there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,21 +27,36 @@ class FeatureReader:
     Args:
         patterns: names or patterns (as in ``fnmatch``) of the layers to read; None for all that have hidden units. A
             pattern that fits no set of hidden units reads the output of each module that it fits, as it is.
-        listening: asked in every call of a layer whether it is to be read: the only work done in all other calls.
+        hears: asked in every call of a layer, between :meth:`start` and :meth:`stop`, whether it is to be read.
         receive: is given the layer's name and its features.
     """
 
     def __init__(
         self,
         patterns: Sequence[str] | None,
-        listening: Callable[[], bool],
+        hears: Callable[[], bool],
         receive: Callable[[str, Tensor], None],
     ) -> None:
-        self._patterns, self._listening, self._receive = patterns, listening, receive
+        self._patterns, self._hears, self._receive = patterns, hears, receive
         self.layers: dict[str, int | None] = {}  # the dimension of units in the features; None where it is not known
         self._matched: set[str] = set()
         self._left_out: list[str] = []
-        self._handles: list[RemovableHandle] = []
+        self._registers: list[Callable[[], RemovableHandle]] = []  # each puts one hook in its place
+        self._listening: ExitStack | None = None
+
+    def start(self) -> None:
+        """Listens from now on. Meanwhile compiled models run uncompiled: compiled code does not know of new hooks."""
+        if self._listening is None:
+            self._listening = ExitStack()
+            self._listening.enter_context(torch.compiler.set_stance("force_eager"))
+            for register in self._registers:
+                self._listening.enter_context(register())
+
+    def stop(self) -> None:
+        """Listens no more."""
+        if self._listening is not None:
+            self._listening.close()
+            self._listening = None
 
     def examine(self, call: ForwardCall) -> None:
         """Finds layers inside the first call of a module, in time to read that call."""
@@ -78,12 +95,6 @@ class FeatureReader:
                 + "".join(f"\n  {reason}" for reason in self._left_out[:12])
             )
 
-    def remove(self) -> None:
-        """Removes all hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
     def _read_units(self, name: str, units: HiddenUnits, model: nn.Module) -> None:
         consumer = model.get_submodule(units.consumers[0].module)
         weight = consumer.weight
@@ -93,14 +104,14 @@ class FeatureReader:
         dim = -1 - len(consumer.kernel_size) if isinstance(consumer, _ConvNd) else -1
 
         def read(_: nn.Module, args: Any) -> None:
-            if self._listening():
+            if self._hears():
                 self._receive(name, by_unit(args[0].detach(), entries, dim))
 
-        self._handles.append(consumer.register_forward_pre_hook(uncompiled(read)))
+        self._add(partial(consumer.register_forward_pre_hook, read))
 
     def _read_output(self, name: str, module: nn.Module) -> None:
         def read(_: nn.Module, args: Any, output: Any) -> None:
-            if not self._listening():
+            if not self._hears():
                 return
             if not isinstance(output, Tensor):
                 raise ValueError(
@@ -109,7 +120,12 @@ class FeatureReader:
                 )
             self._receive(name, output.detach())
 
-        self._handles.append(module.register_forward_hook(uncompiled(read)))
+        self._add(partial(module.register_forward_hook, read))
+
+    def _add(self, register: Callable[[], RemovableHandle]) -> None:
+        self._registers.append(register)
+        if self._listening is not None:
+            self._listening.enter_context(register())
 
 
 def by_unit(inputs: Tensor, entries: Tensor, dim: int) -> Tensor:
@@ -130,12 +146,6 @@ def by_unit(inputs: Tensor, entries: Tensor, dim: int) -> Tensor:
     values = channels_last[..., entries.flatten()].view(*channels_last.shape[:-1], *entries.shape)
     positions = values.movedim(-1, -2).flatten(1, -2)
     return positions.squeeze(1) if positions.shape[1] == 1 else positions
-
-
-def uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
-    """A hook that compilers leave alone: they would bake what it reads in its first call into their code."""
-    left_alone: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
-    return left_alone
 
 
 def _fits(name: str, pattern: str) -> bool:

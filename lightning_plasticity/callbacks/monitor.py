@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from lightning_plasticity.callbacks.base import _MARKS_OF_SHARDING, ForwardCall, in_backward
 from lightning_plasticity.callbacks.features import FeatureReader, call_with, inputs_and_targets_of, inputs_of
-from lightning_plasticity.callbacks.forward import FirstCalls, forget_compiled_code
+from lightning_plasticity.callbacks.forward import FirstCalls
 from lightning_plasticity.callbacks.measures import Measures, mean_and_layers, named
 from lightning_plasticity.callbacks.pictures import Record, picture, send_figure, send_numbers
 from lightning_plasticity.callbacks.schedule import Schedule
@@ -35,7 +35,8 @@ class PlasticityMonitor(Callback):
     Each metric is logged as ``plasticity/<measure>``. One that measures features is cloned for each hidden layer, and
     logged as ``plasticity/<measure>/<layer>``; the first name is then the mean over layers. Figures go to TensorBoard,
     Weights & Biases and MLflow, and become PNG files beside a CSV logger. ``values`` holds the last numbers,
-    ``history`` all. Between two measurements nothing is computed, kept or sent between ranks.
+    ``history`` all. Between two measurements nothing is computed, kept or sent between ranks, and no layer has a hook;
+    a compiled model runs uncompiled in the first training batch and in those that are measured.
 
     What a metric measures is told by the arguments of its ``update``:
 
@@ -101,7 +102,6 @@ class PlasticityMonitor(Callback):
         if probe_batch is not None and self._measures.has("batch"):
             inputs_and_targets_of(probe_batch)
         self._due = False  # whether the batch at hand belongs to a measurement
-        self._listening = False  # to layers
         self._batch: Any = None  # for metrics that need inputs
         self._scope: nn.Module | None = None
         self._measured: weakref.ref[nn.Module] | None = None  # the model of the last fit
@@ -109,6 +109,14 @@ class PlasticityMonitor(Callback):
         self._reader: FeatureReader | None = None
         self._first_calls: FirstCalls | None = None
         self._probe: ForwardCall | None = None
+        # Lightning asks for it around each of its calls.
+        self._state_key = self._generate_state_key(
+            metrics=sorted(self._measures.prototypes),
+            every_n_train_steps=self.schedule.every_n_train_steps,
+            every_n_epochs=self.schedule.every_n_epochs,
+            module=self.module,
+            layers=self.layers,
+        )
 
     # ---- starting and ending
 
@@ -151,7 +159,6 @@ class PlasticityMonitor(Callback):
                 self._first_calls = FirstCalls(self._scope, self.module or "", self._reader.examine, lambda _: None)
             else:
                 self._examine_probe(self._reader, self._probe)
-        forget_compiled_code()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -162,10 +169,11 @@ class PlasticityMonitor(Callback):
         self._let_go()
 
     def _let_go(self) -> None:
-        for hooks in (self._reader, self._first_calls):
-            if hooks is not None:
-                hooks.remove()
-        self._due = self._listening = False
+        if self._reader is not None:
+            self._reader.stop()
+        if self._first_calls is not None:
+            self._first_calls.remove()
+        self._due = False
         self._scope = self._reader = self._first_calls = self._probe = self._batch = None
 
     def _find_scope(self, model: nn.Module) -> nn.Module:
@@ -195,10 +203,10 @@ class PlasticityMonitor(Callback):
     # ---- reading
 
     def _hears(self) -> bool:
-        """Whether a layer that is being called is to be read."""
-        if not self._listening:
-            return False
-        return self._probe is not None or (self._scope is not None and self._scope.training and not in_backward())
+        """Whether a layer that is called while the reader listens is to be read."""
+        if self._probe is not None:
+            return True
+        return self._due and self._scope is not None and self._scope.training and not in_backward()
 
     def _receive(self, layer: str, features: Tensor) -> None:
         assert self._reader is not None
@@ -209,18 +217,20 @@ class PlasticityMonitor(Callback):
         """Whether a batch that is about to be trained on belongs to a measurement."""
         if self.schedule.every_n_train_steps is not None:
             return self.schedule.due_after_step(_step(trainer) + 1)
-        if not self.schedule.due_after_epoch(trainer.current_epoch):
-            return False
         steps_left = trainer.max_steps - trainer.global_step if trainer.max_steps >= 0 else math.inf
         # How many batches there are is not always known, but always which one is the last.
-        return trainer.is_last_batch or min(trainer.num_training_batches - batch_idx, steps_left) <= 2
+        is_near_end = trainer.is_last_batch or min(trainer.num_training_batches - batch_idx, steps_left) <= 2
+        return is_near_end and self.schedule.due_after_epoch(trainer.current_epoch)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._due = self._is_due(trainer, batch_idx)
+        # FirstCalls waits with hooks, too
+        if self._first_calls is not None and (self._due or not self._first_calls.any_seen):
+            assert self._reader is not None
+            self._reader.start()
         if not self._due:
             return
-        self._listening = self._probe is None
         if self._batch is None and self._measures.has("inputs", "batch"):
             self._batch = batch
         for metric in self._measures.of("step"):
@@ -236,7 +246,9 @@ class PlasticityMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        due, self._due, self._listening = self._due, False, False
+        due, self._due = self._due, False
+        if self._reader is not None:
+            self._reader.stop()
         if not due or self.schedule.every_n_train_steps is None:
             return
         if pl_module.automatic_optimization and trainer.fit_loop._should_accumulate():
@@ -272,10 +284,10 @@ class PlasticityMonitor(Callback):
         with undisturbed(scope):
             scope.eval()
             if self._probe is not None and self._reader is not None:
-                self._listening = True
+                self._reader.start()
                 with torch.no_grad(), trainer.precision_plugin.forward_context():
                     self._probe.module(*self._probe.args, **self._probe.kwargs)
-                self._listening = False
+                self._reader.stop()
             if self._batch is not None:
                 for metric in self._measures.of("inputs"):
                     metric.update(scope, inputs_of(self._batch))
@@ -312,13 +324,7 @@ class PlasticityMonitor(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(
-            metrics=sorted(self._measures.prototypes),
-            every_n_train_steps=self.schedule.every_n_train_steps,
-            every_n_epochs=self.schedule.every_n_epochs,
-            module=self.module,
-            layers=self.layers,
-        )
+        return self._state_key
 
     @override
     def state_dict(self) -> dict[str, Any]:

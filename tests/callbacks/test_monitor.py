@@ -11,7 +11,16 @@ import pytorch_lightning
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from contract.training import BATCHES, Batches, LightningNetwork, PytorchLightningNetwork, difference, fit, hooks
+from contract.training import (
+    BATCHES,
+    Batches,
+    LightningNetwork,
+    PytorchLightningNetwork,
+    difference,
+    fit,
+    hooks,
+    seeded,
+)
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -218,6 +227,65 @@ def test_nothing_is_updated_between_scheduled_times(monkeypatch):
     # the reference of the update's size is taken when training starts
     assert sorted({step for step, name in updated if (step, name) != (0, "UpdateRatio")}) == [6, 13]
     assert {name for step, name in updated if step == 6} == {type(metric).__name__ for metric in metrics.values()}
+
+
+def test_no_layer_has_a_hook_between_scheduled_times():
+    class CountsHooks(Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            counts.append(hooks(pl_module))
+
+    counts = []
+    fit(PlasticityMonitor([M.DeadUnits()], every_n_train_steps=7), CountsHooks())
+    _, *others = counts  # in the first batch layers are looked for
+    assert [step for step, count in enumerate(others, 1) if count] == [6, 13]
+    counts.clear()
+    fit(PlasticityMonitor([M.DeadUnits()], every_n_train_steps=7, probe_batch=PAIR), CountsHooks())
+    assert set(counts) == {0}
+
+
+# ---- compiled models
+
+
+@pytest.fixture
+def compiled():
+    """A module whose network must compile as a whole, and the list of the compilations."""
+    torch.compiler.reset()
+    compilations = []
+
+    def backend(graph, example_inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    model = seeded(LightningNetwork)
+    model.net.compile(backend=backend, fullgraph=True, dynamic=False)
+    yield model, compilations
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("probe_batch", [None, PAIR])
+def test_a_compiled_model_stays_whole_and_is_compiled_no_more_often(compiled, probe_batch):
+    model, compilations = compiled
+    monitor, uncompiled = (
+        PlasticityMonitor([M.EffectiveRank()], every_n_train_steps=4, probe_batch=probe_batch) for _ in range(2)
+    )
+    fit(monitor, module=model)
+    assert len(compilations) == 2  # one for each size of a batch
+    fit(uncompiled)
+    assert steps(monitor, "EffectiveRank") == [3, 7, 11, 15]
+    assert monitor.history == uncompiled.history
+
+
+def test_an_exception_in_a_measured_batch_leaves_the_compiler_at_work(compiled):
+    class Fails(Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            raise KeyError("a mistake of the user")
+
+    model, compilations = compiled
+    with pytest.raises(KeyError, match="a mistake"):
+        fit(PlasticityMonitor(every_n_train_steps=1), Fails(), module=model)
+    assert not compilations
+    model(PAIR[0])
+    assert len(compilations) == 1
 
 
 # ---- checkpoints and several fits
