@@ -55,7 +55,7 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 
 
 def adam(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, lr=0.01, fused=True)
+    return torch.optim.Adam(parameters, lr=0.001, fused=True)
 
 
 def continual_backprop() -> PlasticityCallback:
@@ -220,13 +220,13 @@ def mean_and_std(values: np.ndarray, digits: int) -> str:
     return f"{np.mean(values):.{digits}f}{std}"
 
 
-EXPLANATION = """Written by `slowly_changing_regression.py`. {examples:,} examples, batch 1, SGD and Adam with step size
-0.01, `ContinualBackprop` with rate 1e-4, maturity threshold 100 and adaptable contribution. The error is the mean
-squared error on the examples, each before it was learned from; ± is the standard deviation over seeds, each with a
+EXPLANATION = """Written by `slowly_changing_regression.py`. {examples:,} examples, batch 1, SGD with step size 0.01 and
+Adam with 0.001, `ContinualBackprop` with rate 1e-4, maturity threshold 100 and adaptable contribution. The error is the
+mean squared error on the examples, each before it was learned from; ± is the standard deviation over seeds, each with a
 target and a stream of its own, so that the change within runs tells more than the spread between them. Dead units,
-effective rank (of {hidden} hidden units, on {probe:,} examples) and the mean size of the weights are means over the
-last {ends:,} examples. Published (100 seeds): the error of plain SGD and Adam rises, that of Continual Backprop
-stays."""
+effective rank (of {hidden} hidden units, on the {probe:,} examples before a row was written) and the mean size of the
+weights are means over the last {ends:,} examples. Published (100 seeds): the error of plain SGD and Adam rises, that of
+Continual Backprop stays."""
 
 
 def report(results: Results, examples: int) -> str:
