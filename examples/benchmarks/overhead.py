@@ -1,75 +1,117 @@
-"""What the callbacks cost: the time of a training step with each of them over that of the same step without.
+"""What the callbacks cost: time and memory of training with each of them, over the same training without.
 
-    python examples/benchmarks/overhead.py                                 # all cases that this machine can run
-    python examples/benchmarks/overhead.py --case mlp1-loop mlp1-trainer --method ContinualBackprop
+    python examples/benchmarks/overhead.py                                 # all cases that suit this machine
+    python examples/benchmarks/overhead.py --case mlp1-loop 'width*' --method ContinualBackprop
     python examples/benchmarks/overhead.py --case mlp1-loop --quick        # few rounds, nothing is written
 
 A network is trained beside twins of it, each with one callback in its default settings; they start from the same
 weights and see the same data. The twins take turns within one process: in each round every callback's twin trains for
-a block of steps just before or just after the plain one, which of them is drawn, and the ratio of the two times is one
-sample. Garbage is collected between blocks. The tables give the median over rounds and the quartiles. Rare events, such
-as replaced units, are in the blocks in which they happen; the ratio of the added up times counts all of them.
+a block of steps just before or just after the plain one, in drawn order, and the ratio of the two times is one sample.
+Garbage is collected between blocks only. The tables give the median of the samples and their quartiles. What happens
+rarely, such as replacing units, is part of the blocks in which it happens; "of all time" is the ratio of all blocks
+added up. Memory is the largest resident size of a process of its own, or of the tensors on a GPU, above what it was
+with the network loaded.
+
+`overhead.json` beside this file holds a row for every device, case, method, number of threads and way to run; a new run
+replaces its own rows. `overhead.md` shows them all.
 """
 
 import argparse
 import copy
 import gc
 import itertools
+import json
+import logging
+import os
+import platform
 import queue
 import random
+import re
+import shlex
 import statistics
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torchvision
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lightning_plasticity import ActivationReset, ContinualBackprop, PlasticityMonitor, SoftWeightRescaling
+import lightning_plasticity as plasticity
+
+Batches = Sequence[tuple[Tensor, Tensor]]
+Row = dict[str, Any]
 
 METHODS: dict[str, Callable[[], Any]] = {
-    "ContinualBackprop": lambda: ContinualBackprop(seed=0),
-    "ActivationReset": lambda: ActivationReset(seed=0),
-    "SoftWeightRescaling": lambda: SoftWeightRescaling(),
-    "PlasticityMonitor": lambda: PlasticityMonitor(figures=False),  # measures at the end of the epoch, which never ends
+    "ContinualBackprop": lambda: plasticity.ContinualBackprop(seed=0),
+    "ActivationReset": lambda: plasticity.ActivationReset(seed=0),
+    "SoftWeightRescaling": plasticity.SoftWeightRescaling,
+    "PlasticityMonitor": lambda: plasticity.PlasticityMonitor(figures=False),  # due as the epoch ends: after all blocks
 }
+LOOP_METHODS = [name for name in METHODS if name != "PlasticityMonitor"]  # which needs a Trainer
+MONITOR = {"PlasticityMonitor": 1.01}
+MLP1 = {"ContinualBackprop": 1.40, "ActivationReset": 1.35, "SoftWeightRescaling": 1.20}
 
 
-def mlp(width: int = 100, hidden_layers: int = 3, classes: int = 10) -> nn.Module:
-    layers: list[nn.Module] = []
-    for inputs in [784, *[width] * (hidden_layers - 1)]:
-        layers += [nn.Linear(inputs, width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(width, classes))
+def mlp(width: int = 100, layers: int = 3) -> nn.Module:
+    inputs = [784, *[width] * (layers - 1)]
+    hidden = [layer for n in inputs for layer in (nn.Linear(n, width), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(width, 10))
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network, a way to train it, and the ratios to stay below; "each" stands for the methods not named."""
+    """A network and a way to train it."""
 
     network: Callable[[], nn.Module]
-    shape: tuple[int, ...]  # of the inputs of a step
-    loop: str
-    steps: int  # in a block
-    rounds: int
-    targets: dict[str, float]
+    shape: tuple[int, ...]  # of a batch
+    targets: dict[str, float] = field(default_factory=dict)  # what the ratio may be; "each": of methods not named
+    steps: int = 100  # of a block: 100 units earn a replacement in that many
+    rounds: int = 60
+    trainer: bool = False  # or a plain loop
+    on: str = "cpu"  # where the targets are meant; "cuda": run there only, in bf16-mixed
+    parts: int = 0  # how many units or layers there are, where the cost is to be given per part
+    ranks: int = 1
+
+    @property
+    def title(self) -> str:
+        """Of the table to which it belongs."""
+        growth = "Time added, against width (one hidden layer, per unit) and depth (width 32, per layer)"
+        return growth if self.parts else "Step time" if self.ranks == 1 else "Step time on two ranks (gloo, DDP)"
 
 
-def cases() -> dict[str, Case]:
-    monitor = {"PlasticityMonitor": 1.01}
-    mlp1 = {"ContinualBackprop": 1.40, "ActivationReset": 1.35, "SoftWeightRescaling": 1.20}
-    return {
-        # 100 units of age earn one replacement in 100 steps
-        "mlp1-loop": Case(mlp, (1, 784), "loop", 100, 60, mlp1),
-        "mlp10-loop": Case(mlp, (10, 784), "loop", 100, 60, {}),
-        "mlp100-loop": Case(mlp, (100, 784), "loop", 100, 40, {}),
-        "mlp1-trainer": Case(mlp, (1, 784), "trainer", 100, 60, {"each": 1.12, **monitor}),
-        "mlp100-trainer": Case(mlp, (100, 784), "trainer", 100, 40, {"each": 1.05, **monitor}),
-    }
+RESNET18, RESNET50, VIT = torchvision.models.resnet18, torchvision.models.resnet50, torchvision.models.vit_b_16
+SMALL, LARGE = (32, 3, 64, 64), (64, 3, 224, 224)
+ON_GPU = {"trainer": True, "on": "cuda", "steps": 10}
+CASES = {
+    "mlp1-loop": Case(mlp, (1, 784), MLP1),
+    "mlp10-loop": Case(mlp, (10, 784)),
+    "mlp100-loop": Case(mlp, (100, 784)),
+    "mlp1-trainer": Case(mlp, (1, 784), {"each": 1.12, **MONITOR}, trainer=True),
+    "mlp100-trainer": Case(mlp, (100, 784), {"each": 1.05, **MONITOR}, trainer=True),
+    "resnet18-64-32": Case(RESNET18, SMALL, {"each": 1.03}, steps=1, rounds=40),
+    "resnet18-64-32-trainer": Case(RESNET18, SMALL, {"each": 1.03, **MONITOR}, steps=1, rounds=40, trainer=True),
+    "resnet50-224-64": Case(RESNET50, LARGE, {"each": 1.02, **MONITOR}, **ON_GPU),
+    "vit_b_16-224-64": Case(VIT, LARGE, {"each": 1.02, **MONITOR}, **ON_GPU),
+}
+for n in (128, 512, 2048, 8192):
+    CASES[f"width{n}"] = Case(lambda n=n: mlp(n, 1), (1, 784), {}, min(100, 100_000 // n), rounds=20, parts=n)
+for n in (3, 10, 30, 100, 300):
+    CASES[f"depth{n}"] = Case(lambda n=n: mlp(32, n), (1, 784), {}, max(5, 300 // n), rounds=20, parts=n)
+CASES["ranks-mlp1"] = Case(mlp, (1, 784), MLP1, ranks=2)
+CASES["ranks-resnet18-64-8"] = Case(RESNET18, (8, 3, 64, 64), {"each": 1.03}, steps=1, rounds=40, ranks=2)
 
 
 # ---- twins
@@ -78,7 +120,7 @@ def cases() -> dict[str, Case]:
 class LoopTwin:
     """Trains a network in a plain PyTorch loop, a block of steps at a time."""
 
-    def __init__(self, model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], method: Any) -> None:
+    def __init__(self, model: nn.Module, batches: Batches, method: Any = None) -> None:
         self._model, self._method = model, method
         self._batches = itertools.cycle(batches)
         self._optimizer = torch.optim.SGD(model.parameters(), lr=0.003)
@@ -86,7 +128,7 @@ class LoopTwin:
             method.attach(model, self._optimizer, example_inputs=batches[0][:1])
 
     def train(self, steps: int) -> float:
-        """The time that a number of steps takes."""
+        """The seconds that so many steps take."""
         model, optimizer, method = self._model, self._optimizer, self._method
         start = now()
         for x, y in itertools.islice(self._batches, steps):
@@ -104,7 +146,7 @@ class LoopTwin:
 
 
 class Module(LightningModule):
-    """The same training in Lightning's words."""
+    """The same training for a Trainer."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -121,126 +163,325 @@ class Module(LightningModule):
 
 
 class TrainerTwin:
-    """Trains a network in a Trainer, whose data come from a stream that waits until the next block is asked for.
+    """Trains a network in a Trainer, whose stream of data waits until the next block is asked for.
 
-    The Trainer runs in a thread of its own; only one of all twins is ever awake.
+    Each Trainer has a thread of its own, and only one of them is ever awake.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], method: Any) -> None:
+    def __init__(self, model: nn.Module, batches: Batches, method: Any = None) -> None:
         self._asked: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._took: queue.SimpleQueue[float | BaseException] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._fit, args=(Module(model), batches, method), daemon=True)
+        self._answers: queue.SimpleQueue[float | BaseException] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._fit, args=(model, batches, method), daemon=True)
         self._thread.start()
 
-    def _fit(self, module: Module, batches: Sequence[tuple[Tensor, Tensor]], method: Any) -> None:
+    def _fit(self, model: nn.Module, batches: Batches, method: Any) -> None:
+        device = batches[0][0].device.type
         try:
             trainer = Trainer(
                 max_epochs=1,
                 callbacks=[] if method is None else [method],
+                accelerator=device,
+                devices=1,
+                precision="bf16-mixed" if device == "cuda" else None,
                 logger=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
                 enable_checkpointing=False,
-                accelerator="auto",
-                devices=1,
             )
-            trainer.fit(module, self._stream(batches))
+            trainer.fit(Module(model), self._stream(batches))
+            self._answers.put(0.0)
         except BaseException as error:
-            self._took.put(error)
+            self._answers.put(error)
 
-    def _stream(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _stream(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
         endless = itertools.cycle(batches)
         while steps := self._asked.get():
             start = now()
-            yield from itertools.islice(endless, steps)
-            self._took.put(now() - start)
+            yield from itertools.islice(endless, steps)  # the Trainer fetches one batch ahead, in every block alike
+            self._answers.put(now() - start)
 
     def train(self, steps: int) -> float:
-        """The time that a number of steps takes."""
+        """The seconds that so many steps take."""
         self._asked.put(steps)
-        took = self._took.get()
-        if isinstance(took, BaseException):
-            raise took
-        return took
+        answer = self._answers.get()
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
 
     def stop(self) -> None:
         """Ends the training."""
-        self._asked.put(0)
+        self.train(0)
         self._thread.join()
 
 
 def now() -> float:
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-# ---- a comparison
+# ---- steps in turns
 
 
-@dataclass
-class Times:
-    """Seconds of blocks of a twin, and of the plain blocks beside them."""
-
-    method: list[float]
-    plain: list[float]
-
-
-def compare(case: Case, methods: Sequence[str], rounds: int, warm_up: int) -> dict[str, Times]:
-    """Trains a plain twin and one for each method in turns."""
+def compare(case: Case, methods: Sequence[str], options: argparse.Namespace) -> list[Row]:
+    """Trains a plain twin and one with each method in turns, on each rank alike."""
     torch.manual_seed(0)
-    model = case.network()
-    batches = [(torch.randn(case.shape), torch.randint(10, case.shape[:1])) for _ in range(20)]
-    make = {"loop": LoopTwin, "trainer": TrainerTwin}[case.loop]
-    twins = {name: make(copy.deepcopy(model), batches, METHODS[name]()) for name in methods}
-    plain = make(model, batches, None)
-    for twin in (plain, *twins.values()):
-        twin.train(warm_up)
+    model = case.network().to(options.device)
+    batches = random_batches(case.shape, 20, options)
+
+    def twin(*method: Any) -> LoopTwin | TrainerTwin:
+        own = copy.deepcopy(model)
+        if options.compile:
+            own.compile()
+        own = own if case.ranks == 1 else DistributedDataParallel(own)
+        return (TrainerTwin if case.trainer else LoopTwin)(own, batches, *method)
+
+    plain, twins = twin(), {name: twin(METHODS[name]()) for name in methods}
+    everyone = [plain, *twins.values()]
+    for one in everyone:
+        one.train(2)  # methods find units, which discards what was compiled before
+    collectives = [count_collectives(one) for one in everyone] if case.ranks > 1 else []
+    for one in everyone:
+        one.train(3 if options.quick and case.steps == 1 else 105)  # from now on units are old enough to be replaced
+    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
     draw = random.Random(0)
-    times = {name: Times([], []) for name in methods}
+    gc.collect()
+    gc.freeze()  # makes later collections short
     gc.disable()
-    try:
-        for _ in range(rounds):
-            for name in draw.sample(methods, len(methods)):
-                gc.collect()
-                pair = [(plain, times[name].plain), (twins[name], times[name].method)]
-                for twin, taken in draw.sample(pair, 2):
-                    taken.append(twin.train(case.steps))
-    finally:
-        gc.enable()
-    for twin in (plain, *twins.values()):
-        twin.stop()
-    return times
+    for _ in range(options.rounds or (min(15, case.rounds) if options.quick else case.rounds)):
+        for name in draw.sample(methods, len(methods)):
+            gc.collect()
+            took = {one: one.train(case.steps) / case.steps * 1e6 for one in draw.sample((twins[name], plain), 2)}
+            pairs[name].append((took[twins[name]], took[plain]))
+    gc.enable()
+    gc.unfreeze()
+    for one in everyone:
+        one.stop()
+    rows = [row_of(case, name, pairs[name], options) for name in methods]
+    for row, count in zip(rows, collectives[1:], strict=False):
+        row |= {"collectives per step of DDP": collectives[0], "of the method": count - collectives[0]}
+    return rows
 
 
-def summary(case: Case, method: str, times: Times) -> dict[str, Any]:
-    ratios = [a / b for a, b in zip(times.method, times.plain, strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4)
-    return {
-        "method": method,
-        "plain step, µs": round(statistics.median(times.plain) / case.steps * 1e6, 1),
-        "ratio": round(median, 4),
+def random_batches(shape: tuple[int, ...], count: int, options: argparse.Namespace) -> Batches:
+    generator = torch.Generator().manual_seed(dist.get_rank() if dist.is_initialized() else 0)
+    images = torch.randn(count, *shape, generator=generator).to(options.device)
+    labels = torch.randint(10, (count, shape[0]), generator=generator).to(options.device)
+    return list(zip(images, labels, strict=True))
+
+
+def row_of(case: Case, method: str, pairs: Sequence[tuple[float, float]], options: argparse.Namespace) -> Row:
+    """What is told about blocks of a method and the plain ones beside them, given in microseconds per step."""
+    low, ratio, high = statistics.quantiles([a / b for a, b in pairs], n=4)
+    added = statistics.median(a - b for a, b in pairs)
+    target = case.targets.get(method, case.targets.get("each"))
+    plain = statistics.median(b for _, b in pairs)
+    row = {"method": method, "plain step, µs": round(plain, 1), "added, µs": round(added, 1)}
+    if case.parts:
+        return row | {"added per part, µs": round(added / case.parts, 4), "rounds": len(pairs)}
+    return row | {
+        "ratio": round(ratio, 4),
         "quartiles": f"{low:.3f} to {high:.3f}",
-        "of all time": round(sum(times.method) / sum(times.plain), 4),
-        "target": case.targets.get(method, case.targets.get("each")),
-        "rounds": len(ratios),
+        "of all time": round(sum(a for a, _ in pairs) / sum(b for _, b in pairs), 4),
+        **verdict(ratio, target if case.on == torch.device(options.device).type else None),
+        "rounds": len(pairs),
     }
+
+
+def verdict(reached: float, target: float | None) -> Row:
+    return {"target": target, "met": None if target is None else "yes" if reached <= target else "no"}
+
+
+def count_collectives(twin: LoopTwin | TrainerTwin, steps: int = 10) -> float:
+    """The collectives of gloo per step, those of DistributedDataParallel among them; no unit is old enough yet."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        twin.train(steps)
+    return sum(event.name.startswith("gloo:") for event in profile.events()) / steps
+
+
+def step_rows(name: str, options: argparse.Namespace) -> list[Row]:
+    methods = [method for method in options.method if CASES[name].trainer or method in LOOP_METHODS]
+    if CASES[name].ranks == 1:
+        return compare(CASES[name], methods, options)
+    with tempfile.TemporaryDirectory() as folder:
+        return in_processes(CASES[name].ranks, compare_on_rank, f"file://{folder}/store", name, methods, options)
+
+
+def compare_on_rank(
+    rank: int, results: Any, store: str, name: str, methods: Sequence[str], options: argparse.Namespace
+) -> None:
+    set_up(options)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=CASES[name].ranks)
+    rows = compare(CASES[name], methods, options)
+    if rank == 0:
+        results.put(rows)
+    dist.destroy_process_group()
+
+
+# ---- what is measured in processes of their own
+
+
+def in_processes(count: int, function: Callable[..., None], *arguments: Any) -> Any:
+    """What ``function(rank, results, *arguments)`` puts into ``results``, run in new processes."""
+    results = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(function, (results, *arguments), count)
+    return results.get()
+
+
+def train_thrice(model: nn.Module, method: str, options: argparse.Namespace) -> None:
+    batches = random_batches((64 if options.device == "cuda" else 16, 3, 224, 224), 1, options)
+    LoopTwin(model, batches, METHODS[method]() if method in METHODS else None).train(3)
+
+
+def find(model: nn.Module, method: str, options: argparse.Namespace) -> None:
+    plasticity.find_units(model, torch.zeros(1, 3, 224, 224, device=options.device))
+
+
+def reinit(model: nn.Module, case: str, options: argparse.Namespace) -> None:
+    plasticity.SelectiveReinit.from_case(case).attach(model)
+
+
+@dataclass(frozen=True)
+class Act:
+    """What is done once, with each of some methods, to a network."""
+
+    title: str
+    network: Callable[[], nn.Module]
+    do: Callable[[nn.Module, str, argparse.Namespace], None]
+    methods: Sequence[str]
+    seconds: float | None = None  # the target
+
+
+MEMORY = "Memory of three training steps, ResNet-50 at 224x224 (batch 16 on the CPU, 64 on a GPU)"
+ONCE = "What happens once (the largest weight of ViT-B/16 takes 9 MiB)"
+ACTS = {
+    "memory-resnet50": Act(MEMORY, RESNET50, train_thrice, ["plain", *LOOP_METHODS]),
+    "find-resnet50": Act(ONCE, RESNET50, find, ["find_units"]),
+    "find-vit_b_16": Act(ONCE, VIT, find, ["find_units"]),
+    "reinit-vit_b_16": Act(ONCE, VIT, reinit, ["10M", "10MN"], seconds=2.0),
+}
+
+
+def act_rows(name: str, options: argparse.Namespace) -> list[Row]:
+    act, rows = ACTS[name], []
+    for method in (m for m in act.methods if m not in METHODS or m in options.method):
+        runs = [in_processes(1, measure_act, name, method, options) for _ in range(1 if options.quick else 3)]
+        seconds, memory = (statistics.median(values) for values in zip(*runs, strict=True))
+        row = {"method": method, "memory, MiB": round(memory, 1), "processes": len(runs)}
+        if act.do is train_thrice:
+            ratio = memory / rows[0]["memory, MiB"] if rows else 1.0
+            rows.append(row | {"ratio": round(ratio, 4), **verdict(ratio, 1.01 if rows else None)})
+        else:
+            rows.append(row | {"seconds": round(seconds, 2), **verdict(seconds, act.seconds)})
+    return rows
+
+
+def measure_act(_: int, results: Any, name: str, method: str, options: argparse.Namespace) -> None:
+    set_up(options)
+    model = ACTS[name].network().to(options.device)
+    if options.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+    before, start = peak_memory(options), now()
+    ACTS[name].do(model, method, options)
+    results.put((now() - start, peak_memory(options) - before))
+
+
+def peak_memory(options: argparse.Namespace) -> float:
+    if options.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status").read_text()  # the peak that getrusage gives can be the parent's
+    return int(re.findall(r"VmHWM:\s*(\d+)", status)[0]) / 2**10
+
+
+# ---- the report
+
+TITLES = {name: thing.title for name, thing in (CASES | ACTS).items()}
+KEY = ("case", "method", "threads", "compiled")  # what tells rows of one device apart
+
+
+def report(rows: Sequence[Row]) -> str:
+    """Tables in Markdown, one for each kind of measurement, each with the commands that made it."""
+    parts = []
+    for title in dict.fromkeys(TITLES[row["case"]] for row in rows):
+        of_title = [row for row in rows if TITLES[row["case"]] == title]
+        columns = [c for c in dict.fromkeys(c for row in of_title for c in row) if c not in ("torch", "command")]
+        lines = [columns, ["---"] * len(columns)]
+        lines += [["" if row.get(c) is None else str(row[c]) for c in columns] for row in of_title]
+        commands = dict.fromkeys(f"`{row['command']}` (torch {row['torch']})" for row in of_title)
+        parts += [f"### {title}", "\n".join(f"| {' | '.join(cells)} |" for cells in lines)]
+        parts += ["Made by " + ", ".join(commands) + "."]
+    return "\n\n".join(parts)
+
+
+def save(output: Path, device: str, rows: Sequence[Row]) -> None:
+    """Writes the rows into the results, in place of earlier ones of the same device and kind."""
+    file = output.with_suffix(".json")
+    found = json.loads(file.read_text()) if file.exists() else {}
+    by_key = {tuple(row[k] for k in KEY): row for row in [*found.get(device, []), *rows]}
+    order = list(TITLES)
+    found[device] = sorted(by_key.values(), key=lambda r: (order.index(r["case"]), r["compiled"], r["threads"]))
+    file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    assert __doc__ is not None
+    sections = [f"# Overhead of the callbacks\n\n{__doc__.split(chr(10) * 2)[2]}"]
+    sections += [f"## {name}\n\n{report(own)}" for name, own in found.items()]
+    output.with_suffix(".md").write_text("\n\n".join(sections) + "\n")
+
+
+def name_of(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def set_up(options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+def can_run(name: str, options: argparse.Namespace) -> bool:
+    if name in ACTS:
+        return not options.compile and (options.device == "cuda" or Path("/proc/self/clear_refs").exists())
+    return options.device == "cpu" or CASES[name].ranks == 1 if CASES[name].on == "cpu" else options.device == "cuda"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", nargs="+", choices=cases(), default=list(cases()), metavar="CASE")
+    parser.add_argument("--case", nargs="+", default=["*"], help=f"names or patterns of: {', '.join(TITLES)}")
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="few rounds")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of each process, on the CPU")
+    parser.add_argument("--compile", action="store_true", help="compile the networks")
+    parser.add_argument("--rounds", type=int, help="at least 2; by default each case has its own number")
+    parser.add_argument("--quick", action="store_true", help="few rounds; nothing is written without --output")
+    parser.add_argument("--output", type=Path, help="the results, without suffix (default: beside this file)")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    for name in options.case:
-        case = cases()[name]
-        methods = [m for m in options.method if case.loop == "trainer" or m != "PlasticityMonitor"]
-        times = compare(case, methods, 15 if options.quick else case.rounds, 200)
-        for method in methods:
-            print(name, summary(case, method, times[method]))
+    if options.rounds is not None and options.rounds < 2:
+        parser.error(f"--rounds must be at least 2, got {options.rounds}")
+    fitting = [name for name in TITLES if any(fnmatchcase(name, pattern) for pattern in options.case)]
+    chosen = [name for name in fitting if can_run(name, options)]
+    if not chosen:
+        parser.error(f"none of {fitting or ' '.join(options.case)} can be run on {options.device}")
+    set_up(options)
+    if options.compile:
+        try:
+            torch.compile(lambda x: x + 1)(torch.zeros(2, device=options.device))
+        except Exception as error:
+            sys.exit(f"--compile needs what torch.compile needs, on the CPU a C++ compiler, and it failed: {error}")
+    given = sys.argv[1:] if arguments is None else arguments
+    about = {"torch": torch.__version__, "command": shlex.join(["python", "examples/benchmarks/overhead.py", *given])}
+    device = name_of(options.device)
+    output = options.output or (None if options.quick else Path(__file__).with_suffix(""))
+    print(f"{device}, torch {torch.__version__}")
+    for name in chosen:
+        key = {"case": name, "compiled": "yes" if options.compile else "no", "threads": options.threads}
+        rows = [key | row | about for row in (step_rows if name in CASES else act_rows)(name, options)]
+        print(f"\n{report(rows)}", flush=True)
+        if output is not None:
+            save(output, device, rows)
 
 
 if __name__ == "__main__":
