@@ -64,7 +64,8 @@ class Editor:
         if optimizer_state not in ("reset", "keep"):
             raise ValueError(f"optimizer_state must be 'reset' or 'keep', but is {optimizer_state!r}.")
         self._model = model
-        self._state = StateOfEntries(optimizers if optimizer_state == "reset" else ())
+        self._resets_state = optimizer_state == "reset"
+        self._state = StateOfEntries(optimizers if self._resets_state else ())
         self._layers: dict[str, _Layer] = {}
         self._initial_norms: dict[str, dict[str, Tensor]] = {}
 
@@ -123,6 +124,10 @@ class Editor:
         if layer.bias is None:
             return
         groups, precise = _groups(layer), torch.promote_types(layer.weight.dtype, torch.float32)
+        if groups == 1 and len(columns):
+            used = layer.weight[:, columns].unsqueeze(-1).flatten(2).sum(-1, dtype=precise)
+            self.write([layer.bias], [layer.bias + (used * amounts.to(precise)).sum(1)])
+            return
         used = _split_rows(layer.weight, groups)[_by_group(columns, layer)]
         added = used.unsqueeze(-1).flatten(2).sum(-1, dtype=precise) * amounts.to(precise).unsqueeze(-1)
         # A sum under a mask, because index_add_ on CUDA differs from run to run and a product of matrices may be TF32.
@@ -198,8 +203,12 @@ class Editor:
     @torch.no_grad()
     def clamp(self, tensors: Sequence[Tensor], limit: float) -> None:
         """Bring every entry into ``[-limit, limit]``. Optimizer state stays: a bound renews nothing."""
-        torch._foreach_clamp_min_(list(tensors), -limit)
-        torch._foreach_clamp_max_(list(tensors), limit)
+        if tensors and tensors[0].device.type == "cpu":  # one pass over each instead of two
+            for tensor in tensors:
+                tensor.clamp_(-limit, limit)
+        else:
+            torch._foreach_clamp_min_(list(tensors), -limit)
+            torch._foreach_clamp_max_(list(tensors), limit)
 
     def _find(self, name: str) -> nn.Module:
         try:
@@ -231,7 +240,7 @@ class Editor:
             indexed(state)[index] = indexed(initial)[index]
 
     def _reset_state(self, tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
+        for tensor in tensors if self._resets_state else ():
             for state, initial in self._state.of(tensor):
                 state.copy_(initial)
 

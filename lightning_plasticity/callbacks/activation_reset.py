@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_plasticity.callbacks.base import ForwardCall, PlasticityCallback, whole_and_rest
-from lightning_plasticity.callbacks.maturity import Maturity
-from lightning_plasticity.callbacks.population import Population
+from lightning_plasticity.callbacks.maturity import Ages, Maturity
+from lightning_plasticity.callbacks.population import Population, average_in
 from lightning_plasticity.callbacks.unit_sets import UnitSet
 from lightning_plasticity.distributed import gather_over_ranks, share_of_this_rank, sum_over_ranks, world_size
 from lightning_plasticity.edits import OptimizerState
@@ -50,6 +49,7 @@ class ActivationReset(PlasticityCallback):
         seed: part of every method; this one draws nothing.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -97,7 +97,7 @@ class ActivationReset(PlasticityCallback):
         self.max_weight = max_weight
         self.scaled_low = 0
         self.scaled_high = 0
-        self._population = Population(self, units, exclude)
+        self._population = Population(self, units, exclude, reads_sizes=False)
 
     @override
     def _examine(self, call: ForwardCall) -> None:
@@ -109,8 +109,9 @@ class ActivationReset(PlasticityCallback):
         population.settle()
         self._strategies = self._choose_strategies(population.sets)
         self._utility = population.zeros(population.size)
-        self._age = torch.zeros(population.size, dtype=torch.int64, device=population.device)
         self._maturity = Maturity([s.units.size for s in population.sets], self.maturity_threshold)
+        self._ages = Ages([s.span for s in population.sets], self._maturity, population.device)
+        self._clamped: dict[tuple[int, ...], list[Tensor]] = {}
         self._earned_low = [0.0] * len(population.sets)
         self._earned_high = [0.0] * len(population.sets)
         self.scaled_low = self.scaled_high = 0
@@ -141,17 +142,17 @@ class ActivationReset(PlasticityCallback):
     def _after_step(self, optimizer: Optimizer | None) -> None:
         population = self._population
         trained = population.trained_by(optimizer)
-        self._age[population.places(trained)[0]] += 1
         heard = population.heard(trained)
         if heard:
-            units, _ = population.places(heard)
             activation = population.mean_over_consumers(population.take_means(heard)[0], heard)
-            self._utility[units] = torch.lerp(self._utility[units], activation, 1 - self.decay_rate)
+            average_in(self._utility, population.places(heard)[0], activation, 1 - self.decay_rate)
         due = {}
         for i in trained:
-            self._maturity.advance(i)
-            low = self._earn(self._earned_low, i, self._strategies[i].low_rate)
-            high = self._earn(self._earned_high, i, self._strategies[i].high_rate)
+            eligible, strategy = self._maturity.advance(i), self._strategies[i]
+            self._earned_low[i] += strategy.low_rate * eligible
+            low = self._take(self._earned_low, i)
+            self._earned_high[i] += strategy.high_rate * (eligible - low)
+            high = self._take(self._earned_high, i)
             if low or high:
                 due[i] = (low, high)
         if due:
@@ -159,58 +160,63 @@ class ActivationReset(PlasticityCallback):
         if self.max_weight is not None:
             self.editor.clamp(self._incoming(trained), self.max_weight)
 
-    def _earn(self, earned: list[float], i: int, rate: float) -> int:
-        eligible = self._maturity.eligible(i)
-        count, earned[i] = whole_and_rest(earned[i] + rate * eligible)
-        count = min(count, eligible)
+    def _take(self, earned: list[float], i: int) -> int:
+        """How many resets of a set are due, out of what it has earned."""
+        if earned[i] < 1:
+            return 0
+        count, earned[i] = whole_and_rest(earned[i])
+        count = min(count, self._maturity.eligible(i))
         self._maturity.replaced(i, count)
         return count
 
     def _scale(self, due: Mapping[int, tuple[int, int]]) -> None:
-        (total,) = sum_over_ranks([self._utility])
-        utility = bias_corrected(total / world_size(), self._age, self.decay_rate)
-        for i, (low, high) in due.items():
-            unit_set, strategy = self._population.sets[i], self._strategies[i]
-            values, age = utility[unit_set.span], self._age[unit_set.span]
+        sets = self._population.sets
+        totals = sum_over_ranks([self._utility[sets[i].span] for i in due])
+        for (i, (low, high)), total in zip(due.items(), totals, strict=True):
+            unit_set, strategy = sets[i], self._strategies[i]
+            values = bias_corrected(total / world_size(), self._ages.of(i), self.decay_rate)
             for count, sign, factor in ((low, 1, strategy.low_scale), (high, -1, strategy.high_scale)):
                 if count:
-                    units = least(sign * values, age > self.maturity_threshold, count)
+                    units = least(sign * values, self._ages.of(i) > self.maturity_threshold, count)
                     self.editor.scale_rows(unit_set.producers[0].module, unit_set.producers[0].of_units(units), factor)
-                    age[units] = 0
+                    self._ages.reset(i, units)
                     self._utility[unit_set.span][units] = 0.0
             self.scaled_low += low
             self.scaled_high += high
 
     def _incoming(self, sets: Sequence[int]) -> list[Tensor]:
         """The weights and biases that make the units of the sets."""
-        modules = dict.fromkeys(t.module for i in sets for t in self._population.sets[i].producers)
-        layers: list[nn.Module] = [self.model.get_submodule(name) for name in modules]
-        return [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
+        key = tuple(sets)
+        if key not in self._clamped:
+            modules = dict.fromkeys(t.module for i in sets for t in self._population.sets[i].producers)
+            layers: list[nn.Module] = [self.model.get_submodule(name) for name in modules]
+            self._clamped[key] = [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
+        return self._clamped[key]
 
     @override
     def _state(self) -> dict[str, Any]:
         (utility,) = gather_over_ranks([self._utility])
         return {
             "utility": utility,
-            "age": self._age.clone(),
+            "age": self._ages.now(),
             "earned": [list(self._earned_low), list(self._earned_high)],
             "maturity": self._maturity.state_dict(),
-            "heard": self._population.state(),
+            "heard": self._population.activations.state(),
             "scaled": [self.scaled_low, self.scaled_high],
         }
 
     @override
     def _restore(self, state: dict[str, Any]) -> None:
         self._utility.copy_(share_of_this_rank(state["utility"]))
-        self._age.copy_(state["age"])
         self._earned_low, self._earned_high = (list(earned) for earned in state["earned"])
         self._maturity.load_state_dict(state["maturity"])
-        self._population.restore(state["heard"])
+        self._ages.restore(state["age"])
+        self._population.activations.restore(state["heard"])
         self.scaled_low, self.scaled_high = state["scaled"]
 
     @override
     def _numbers(self) -> dict[str, Tensor | float]:
-        utility = bias_corrected(self._utility, self._age, self.decay_rate)
+        utility = bias_corrected(self._utility, self._ages.now(), self.decay_rate)
         return {
             "scaled_low": self.scaled_low,
             "scaled_high": self.scaled_high,

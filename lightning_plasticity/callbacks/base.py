@@ -168,7 +168,8 @@ class PlasticityCallback(Callback, ABC):
         stepped: list[Optimizer | None] = list(self._stepped) if self.optimizers else [None]
         self._stepped.clear()
         for optimizer in stepped:
-            self._begin_if_examined()
+            if not self._ready:
+                self._begin_if_examined()
             if not self._ready:
                 raise RuntimeError(
                     f"{type(self).__name__} needs to see a forward pass in training mode before the first optimizer "
@@ -300,8 +301,10 @@ class PlasticityCallback(Callback, ABC):
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Runs when ``optimizer.step()`` begins: the last moment at which the weights are the initial ones."""
+        if self._ready:
+            return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if self._ready or closure is None:
+        if closure is None:
             self._begin_if_examined()
             return None
 

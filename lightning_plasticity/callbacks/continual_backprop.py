@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_plasticity.callbacks.base import ForwardCall, PlasticityCallback, whole_and_rest
-from lightning_plasticity.callbacks.maturity import Maturity
-from lightning_plasticity.callbacks.population import Population
+from lightning_plasticity.callbacks.maturity import Ages, Maturity
+from lightning_plasticity.callbacks.population import Population, average_in
+from lightning_plasticity.callbacks.unit_sets import Reader
 from lightning_plasticity.distributed import gather_over_ranks, share_of_this_rank, sum_over_ranks, world_size
 from lightning_plasticity.edits import OptimizerState
 from lightning_plasticity.functional.continual_backprop import Utility, bias_corrected, least
@@ -109,8 +110,8 @@ class ContinualBackprop(PlasticityCallback):
         population.settle()
         self._utility = population.zeros(population.size)
         self._activation = population.zeros(population.columns)
-        self._age = torch.zeros(population.size, dtype=torch.int64, device=population.device)
         self._maturity = Maturity([s.units.size for s in population.sets], self.maturity_threshold)
+        self._ages = Ages([s.span for s in population.sets], self._maturity, population.device)
         self._earned = [0.0] * len(population.sets)
         self._initial = population.initial_distribution(self.init)
         self.replaced = 0
@@ -123,17 +124,16 @@ class ContinualBackprop(PlasticityCallback):
     def _after_step(self, optimizer: Optimizer | None) -> None:
         population = self._population
         trained = population.trained_by(optimizer)
-        self._age[population.places(trained)[0]] += 1
+        due = {}
+        for i in trained:
+            eligible = self._maturity.advance(i)
+            self._earned[i] += self.replacement_rate * eligible
+            if self._earned[i] >= 1:
+                count, self._earned[i] = whole_and_rest(self._earned[i])
+                due[i] = min(count, eligible)
         heard = population.heard(trained)
         if heard:
             self._average(heard)
-        due = {}
-        for i in trained:
-            self._maturity.advance(i)
-            earned = self._earned[i] + self.replacement_rate * self._maturity.eligible(i)
-            count, self._earned[i] = whole_and_rest(earned)
-            if count:
-                due[i] = min(count, self._maturity.eligible(i))
         if due:
             self._replace(due)
 
@@ -142,15 +142,15 @@ class ContinualBackprop(PlasticityCallback):
         units, columns = population.places(sets)
         mean, size = population.take_means(sets)
         new_weight = 1 - self.decay_rate
-        self._activation[columns] = torch.lerp(self._activation[columns], mean, new_weight)
+        average_in(self._activation, columns, mean, new_weight)
         if self._centred:
-            size = population.take_mean_distance(self._mean_activation(sets), sets)
-        self._utility[units] = torch.lerp(self._utility[units], self._current_utility(size, sets), new_weight)
+            size = population.activations.take_mean_distance(self._mean_activation(sets), population.readers(sets))
+        average_in(self._utility, units, self._current_utility(size, sets), new_weight)
 
     def _mean_activation(self, sets: Sequence[int]) -> Tensor:
         """The mean activation of each column, corrected for the average's start."""
         units, columns = self._population.places(sets)
-        age = self._age[units][self._population.unit_of_column(sets)]
+        age = self._ages.now()[units][self._population.unit_of_column(sets)]
         return bias_corrected(self._activation[columns], age, self.decay_rate)
 
     def _current_utility(self, size: Tensor, sets: Sequence[int]) -> Tensor:
@@ -167,31 +167,34 @@ class ContinualBackprop(PlasticityCallback):
             return 1 / population.incoming(sets)
         if self.utility == "weight":
             return population.per_unit(population.outgoing(sets), sets)
-        contribution = population.per_unit(size * population.outgoing(sets), sets)
+        contribution = population.per_unit(population.outgoing(sets).mul_(size), sets)
         return contribution / population.incoming(sets) if self.utility == "adaptable_contribution" else contribution
 
-    def _replace(self, due: dict[int, int]) -> None:
-        population = self._population
-        everything = range(len(population.sets))
-        average_utility, average_activation = (total / world_size() for total in sum_over_ranks(self._averages()))
-        utility = bias_corrected(average_utility, self._age, self.decay_rate)
-        chosen = {}
-        for i, count in due.items():
-            span = population.sets[i].span
-            chosen[i] = least(utility[span], self._age[span] > self.maturity_threshold, count)
-            self._maturity.replaced(i, count)
-            self.replaced += count
-        mean = None
-        if self.compensate_bias:
-            age = self._age[population.unit_of_column(everything)]
-            mean = bias_corrected(average_activation, age, self.decay_rate)
-        population.replace(chosen, self._initial, mean)
+    def _replace(self, due: Mapping[int, int]) -> None:
+        sets = self._population.sets
+        averages = [self._utility[sets[i].span] for i in due]
+        averages += [self._by_unit(reader) for i in due for reader in sets[i].readers]
+        global_averages = [total / world_size() for total in sum_over_ranks(averages)]
+        utilities, activations = global_averages[: len(due)], iter(global_averages[len(due) :])
+        chosen, means = {}, {}
+        for (i, count), utility in zip(due.items(), utilities, strict=True):
+            age = self._ages.of(i)
+            units = least(bias_corrected(utility, age, self.decay_rate), age > self.maturity_threshold, count)
+            of_units = [(next(activations)[units], age[units].unsqueeze(1)) for _ in sets[i].readers]
+            means[i] = [bias_corrected(mean, age, self.decay_rate).flatten() for mean, age in of_units]
+            chosen[i] = units
+        self._population.replace(chosen, self._initial, means if self.compensate_bias else {})
         for i, units in chosen.items():
-            span = population.sets[i].span
-            self._utility[span][units] = 0.0
-            self._age[span][units] = 0
-            for reader in population.sets[i].readers:
-                self._activation[reader.columns].view(reader.table.entries.shape)[units] = 0.0
+            self._utility[sets[i].span][units] = 0.0
+            for reader in sets[i].readers:
+                self._by_unit(reader)[units] = 0.0
+            self._ages.reset(i, units)
+            self._maturity.replaced(i, len(units))
+            self.replaced += len(units)
+
+    def _by_unit(self, reader: Reader) -> Tensor:
+        """The running averages of a reader's activations, a row for each unit."""
+        return self._activation[reader.columns].view(reader.table.entries.shape)
 
     def _averages(self) -> list[Tensor]:
         return [self._utility, self._activation]
@@ -202,10 +205,10 @@ class ContinualBackprop(PlasticityCallback):
         return {
             "utility": utility,
             "activation": activation,
-            "age": self._age.clone(),
+            "age": self._ages.now(),
             "earned": list(self._earned),
             "maturity": self._maturity.state_dict(),
-            "heard": self._population.state(),
+            "heard": self._population.activations.state(),
             "initial": self._initial.state_dict(),
             "replaced": self.replaced,
         }
@@ -214,14 +217,14 @@ class ContinualBackprop(PlasticityCallback):
     def _restore(self, state: dict[str, Any]) -> None:
         self._utility.copy_(share_of_this_rank(state["utility"]))
         self._activation.copy_(share_of_this_rank(state["activation"]))
-        self._age.copy_(state["age"])
         self._earned = list(state["earned"])
         self._maturity.load_state_dict(state["maturity"])
-        self._population.restore(state["heard"])
+        self._ages.restore(state["age"])
+        self._population.activations.restore(state["heard"])
         self._initial.load_state_dict(state["initial"])
         self.replaced = state["replaced"]
 
     @override
     def _numbers(self) -> dict[str, Tensor | float]:
-        utility = bias_corrected(self._utility, self._age, self.decay_rate)
+        utility = bias_corrected(self._utility, self._ages.now(), self.decay_rate)
         return {"replaced": self.replaced, "utility_min": utility.min(), "utility_mean": utility.mean()}

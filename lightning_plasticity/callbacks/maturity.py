@@ -1,10 +1,13 @@
-"""Ages of units, known without asking the device."""
+"""Ages of units: how many are old enough is known without asking the device, and growing older costs nothing."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 class Maturity:
@@ -19,10 +22,8 @@ class Maturity:
 
     Example:
         >>> maturity = Maturity([10], threshold=1)
-        >>> maturity.advance(0), maturity.eligible(0)
-        (None, 0)
-        >>> maturity.advance(0), maturity.eligible(0)
-        (None, 10)
+        >>> maturity.advance(0), maturity.advance(0)
+        (0, 10)
         >>> maturity.replaced(0, 3), maturity.eligible(0)
         (None, 7)
     """
@@ -30,30 +31,69 @@ class Maturity:
     def __init__(self, sizes: Sequence[int], threshold: int) -> None:
         self._sizes = list(sizes)
         self._threshold = threshold
-        self._steps = [0] * len(sizes)
+        self.steps = [0] * len(sizes)
+        self._mature = list(sizes)  # without the young
         self._young: list[deque[tuple[int, int]]] = [deque() for _ in sizes]  # step of replacement, number of units
 
-    def advance(self, index: int) -> None:
-        """All units of a set grow one step older."""
-        self._steps[index] += 1
+    def advance(self, index: int) -> int:
+        """All units of a set grow one step older; how many are eligible now."""
+        self.steps[index] += 1
+        return self.eligible(index)
 
     def eligible(self, index: int) -> int:
         """How many units of a set are older than the threshold."""
-        now, young = self._steps[index], self._young[index]
+        now, young = self.steps[index], self._young[index]
+        if now <= self._threshold:
+            return 0
         while young and now - young[0][0] > self._threshold:
-            young.popleft()
-        return self._sizes[index] - sum(count for _, count in young) if now > self._threshold else 0
+            self._mature[index] += young.popleft()[1]
+        return self._mature[index]
 
     def replaced(self, index: int, count: int) -> None:
         """Some units of a set, all eligible, are new."""
         if count:
-            self._young[index].append((self._steps[index], count))
+            self._young[index].append((self.steps[index], count))
+            self._mature[index] -= count
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {"steps": list(self._steps), "young": [list(young) for young in self._young]}
+        return {"steps": list(self.steps), "young": [list(young) for young in self._young]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From the checkpoint."""
-        self._steps = list(state["steps"])
+        self.steps = list(state["steps"])
         self._young = [deque((step, count) for step, count in young) for young in state["young"]]
+        self._mature = [
+            size - sum(count for _, count in young) for size, young in zip(self._sizes, self._young, strict=True)
+        ]
+
+
+class Ages:
+    """The age of each unit, as the step at which it was new.
+
+    Args:
+        spans: the place of each set in the flat array over units.
+        maturity: counts the steps of each set.
+        device: where the units are.
+    """
+
+    def __init__(self, spans: Sequence[slice], maturity: Maturity, device: torch.device) -> None:
+        self._spans, self._maturity = spans, maturity
+        self._new_at = torch.zeros(spans[-1].stop, dtype=torch.int64, device=device)
+
+    def now(self) -> Tensor:
+        """The ages of all units."""
+        return torch.cat([self.of(i) for i in range(len(self._spans))])
+
+    def of(self, index: int) -> Tensor:
+        """The ages of the units of a set."""
+        return self._maturity.steps[index] - self._new_at[self._spans[index]]
+
+    def reset(self, index: int, units: Tensor) -> None:
+        """Some units of a set are new."""
+        self._new_at[self._spans[index]][units] = self._maturity.steps[index]
+
+    def restore(self, ages: Tensor) -> None:
+        """From the checkpoint, after the steps were."""
+        for steps, span in zip(self._maturity.steps, self._spans, strict=True):
+            self._new_at[span] = steps - ages[span].to(self._new_at)

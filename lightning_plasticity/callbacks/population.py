@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
-from lightning_plasticity.callbacks.base import ForwardCall, PlasticityCallback, in_backward
+from lightning_plasticity.callbacks.activations import Activations, sum_of_sizes
+from lightning_plasticity.callbacks.base import ForwardCall, PlasticityCallback
 from lightning_plasticity.callbacks.unit_sets import Reader, Table, UnitSet, channels_of, check_units, renamed
-from lightning_plasticity.distributed import gather_over_ranks, share_of_this_rank
 from lightning_plasticity.initial import InitialDistribution
 from lightning_plasticity.units import HiddenUnits, explore
 
 Index: TypeAlias = slice | Tensor
+_SMALL = 2**16  # entries of a weight whose absolute values are written to memory that stays
 
 
 class Population:
@@ -28,6 +28,7 @@ class Population:
         units: the sets, given by hand; None to find them.
         exclude: patterns (as in ``fnmatch``) of names of sets to leave alone.
         keep_inputs: hold what the readers read until the next step, for ``take_mean_distance``.
+        reads_sizes: whether the mean sizes of activations are wanted, besides their means.
     """
 
     def __init__(
@@ -36,8 +37,10 @@ class Population:
         units: Sequence[HiddenUnits] | None,
         exclude: Sequence[str] | str,
         keep_inputs: bool = False,
+        reads_sizes: bool = True,
     ) -> None:
         self._callback = callback
+        self._reads_sizes = reads_sizes
         self._keep_inputs = keep_inputs
         self._given = units
         self._exclude = [exclude] if isinstance(exclude, str) else list(exclude)
@@ -49,14 +52,17 @@ class Population:
         self.size = self.columns = 0
         self.device = torch.device("cpu")
         self.dtype = torch.float32  # of averages: at least this, whatever the precision of the network
-        self.listening = True
         self._refused: list[str] = []  # why layers or sets were left out
         self._owners: dict[str, Optimizer | None] = {}
         self._readers: dict[str, list[Reader]] = {}
-        self._rows: list[int] = []  # for each reader: what it has read since it was last taken
-        self._sums = torch.zeros(2, 0)
-        self._inputs: dict[int, list[Tensor]] = {}
+        self._by_number: list[Reader] = []
+        self.activations = Activations(self._callback, self._reads_sizes, self._keep_inputs)
         self._places: dict[tuple[int, ...], tuple[Index, Index]] = {}
+        self._is_plain = True  # each unit is read by one column of one layer
+        self._weights: list[Tensor] = []  # of all sets
+        self._outgoing = self._weights_per_column = torch.zeros(0)
+        self._outgoing_of: list[Tensor] = []  # of each reader
+        self._scratch = torch.empty(0)
 
     # ---- finding
 
@@ -102,8 +108,15 @@ class Population:
             span = slice(self.size, self.size + units.size)
             self.size = span.stop
             self.sets.append(UnitSet(units, producers, norms, readers, span, weights))
-        new = self.zeros(2, self.columns - self._sums.shape[1])
-        self._sums = torch.cat([self._sums.to(new), new], 1)
+            self._weights += weights
+            self._is_plain &= len(readers) == 1 and readers[0].table.entries.shape[1] == 1
+        self.activations.add(self._by_number[len(self._outgoing_of) :], self.zeros)
+        counts = [
+            self.zeros(r.table.entries.numel()) + r.weight.numel() // channels_of(r.layer) for r in self._by_number
+        ]
+        self._weights_per_column = torch.cat([self.zeros(0), *counts])
+        self._outgoing = self.zeros(self.columns)
+        self._outgoing_of = [self._outgoing[reader.columns] for reader in self._by_number]
 
     def zeros(self, *shape: int) -> Tensor:
         """An array for averages."""
@@ -113,12 +126,14 @@ class Population:
         columns = slice(self.columns, self.columns + table.entries.numel())
         self.columns = columns.stop
         every = torch.arange(channels_of(layer), device=self.device)
-        reader = Reader(table, columns, len(self._rows), torch.equal(table.entries.flatten(), every))
-        self._rows.append(0)
+        in_order = torch.equal(table.entries.flatten(), every)
+        assert isinstance(layer.weight, Tensor)
+        reader = Reader(table, columns, len(self._by_number), layer, layer.weight, in_order)
+        self._by_number.append(reader)
         if table.module not in self._readers:
             self._readers[table.module] = []
-            hook = self._hear(layer, self._readers[table.module])
-            self._callback.keep(layer.register_forward_pre_hook(self._callback.uncompiled(hook)))
+            hook = self._callback.uncompiled(self.activations.hook(layer, self._readers[table.module]))
+            self._callback.keep(layer.register_forward_pre_hook(hook))
         self._readers[table.module].append(reader)
         return reader
 
@@ -134,13 +149,23 @@ class Population:
             self._owners[unit_set.name] = self._callback.optimizer_of(unit_set.weights[0])
         return self._owners[unit_set.name]
 
-    def trained_by(self, optimizer: Optimizer | None) -> list[int]:
+    def trained_by(self, optimizer: Optimizer | None) -> Sequence[int]:
         """The sets that a step of this optimizer has trained: their places in ``sets``."""
+        if self._all_trained_by(optimizer):
+            return range(len(self.sets))
         return [
             i
             for i, unit_set in enumerate(self.sets)
             if self._trains(unit_set) and (optimizer is None or self._owner(unit_set) is optimizer)
         ]
+
+    def _all_trained_by(self, optimizer: Optimizer | None) -> bool:
+        """Whether the usual case is at hand: one optimizer trains everything. Told quickly, for each step asks."""
+        if optimizer is not None:
+            is_only_one = len(self._callback.optimizers) == 1 and len(self._owners) == len(self.sets)
+            if not is_only_one or None in self._owners.values():
+                return False
+        return all([weight.requires_grad for weight in self._weights])  # noqa: C419 (a list takes half the time)
 
     def places(self, sets: Sequence[int]) -> tuple[Index, Index]:
         """Where sets stand in the flat arrays over units and over columns."""
@@ -155,72 +180,28 @@ class Population:
             )
         return self._places[key]
 
+    def readers(self, sets: Sequence[int]) -> Sequence[Reader]:
+        """The readers of sets, in the order of their columns."""
+        if len(sets) == len(self.sets):
+            return self._by_number
+        return [reader for i in sets for reader in self.sets[i].readers]
+
     # ---- activations
 
-    def _hear(self, layer: nn.Module, readers: Sequence[Reader]) -> Callable[[nn.Module, Any], None]:
-        """A hook that adds up a layer's inputs and their sizes, in training forwards."""
-        channels = channels_of(layer)
-        dim = -1 - len(layer.kernel_size) if isinstance(layer, _ConvNd) else -1
-
-        def hear(_: nn.Module, args: Any) -> None:
-            if not self.listening or not self._callback.scope_is_training or in_backward():
-                return
-            x = args[0].detach()
-            x = x.unsqueeze(0) if x.ndim == -dim else x  # without a batch
-            others = [d for d in range(x.ndim) if d != x.ndim + dim]
-            total = x.sum(others, dtype=self.dtype)
-            magnitude = torch.linalg.vector_norm(x, 1, others, dtype=self.dtype)
-            for reader in readers:
-                self._sums[0, reader.columns] += reader.take(total)
-                self._sums[1, reader.columns] += reader.take(magnitude)
-                self._rows[reader.number] += x.numel() // channels
-                if self._keep_inputs:
-                    self._inputs.setdefault(reader.number, []).append(x.movedim(dim, -1).flatten(0, -2))
-
-        return hear
-
-    def state(self) -> dict[str, Tensor]:
-        """What was read since it was last taken, for the checkpoint: an optimizer may step less often than others."""
-        sums, rows = gather_over_ranks([self._sums, torch.tensor(self._rows, device=self.device)])
-        return {"sums": sums, "rows": rows}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """From the checkpoint; a first forward pass may have been read already."""
-        self._sums += share_of_this_rank(state["sums"]).to(self._sums)
-        rows = share_of_this_rank(state["rows"].double()).round().int().tolist()
-        self._rows = [now + before for now, before in zip(self._rows, rows, strict=True)]
-
-    def heard(self, sets: Iterable[int]) -> list[int]:
+    def heard(self, sets: Sequence[int]) -> Sequence[int]:
         """Those of the sets whose activations were read since they were last taken."""
-        return [i for i in sets if all(self._rows[reader.number] for reader in self.sets[i].readers)]
+        if self.activations.are_read(self.readers(sets)):
+            return sets
+        return [i for i in sets if self.activations.are_read(self.sets[i].readers)]
 
-    def take_means(self, sets: Sequence[int]) -> Tensor:
+    def take_means(self, sets: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The mean activation and mean size of activation of each column of the sets, since they were last taken.
 
-        In two rows, over the columns in the order of ``places(sets)``. Examples and positions count alike.
+        Over the columns in the order of ``places(sets)``; to be used before the next forward pass.
         """
+        means, sizes = self.activations.take_means(self.readers(sets))
         _, columns = self.places(sets)
-        readers = [reader for i in sets for reader in self.sets[i].readers]
-        rows = [self._rows[reader.number] for reader in readers]
-        if len(set(rows)) == 1:
-            means = self._sums[:, columns] / rows[0]
-        else:
-            means = torch.cat([self._sums[:, r.columns] / n for r, n in zip(readers, rows, strict=True)], 1)
-        self._sums[:, columns] = 0.0
-        for reader in readers:
-            self._rows[reader.number] = 0
-        return means
-
-    def take_mean_distance(self, centre: Tensor, sets: Sequence[int]) -> Tensor:
-        """The mean distance of the activations from a value for each column of the sets, since they were last taken."""
-        parts, start = [], 0
-        for reader in (reader for i in sets for reader in self.sets[i].readers):
-            stop = start + reader.table.entries.numel()
-            inputs = self._inputs.pop(reader.number)
-            distances = [(reader.take(x.T).T - centre[start:stop]).abs().sum(0) for x in inputs]
-            parts.append(torch.stack(distances).sum(0) / sum(len(x) for x in inputs))
-            start = stop
-        return torch.cat(parts)
+        return (means, sizes) if isinstance(columns, slice) else (means[columns], sizes[columns])
 
     def unit_of_column(self, sets: Sequence[int]) -> Tensor:
         """For each column of the sets the unit that it reads, as a place among the units of these sets."""
@@ -237,6 +218,8 @@ class Population:
 
         The mean over a consumer's columns of the unit, added up over consumers.
         """
+        if self._is_plain:
+            return values
         parts, start = [], 0
         for i in sets:
             total = None
@@ -252,6 +235,8 @@ class Population:
 
     def mean_over_consumers(self, values: Tensor, sets: Sequence[int]) -> Tensor:
         """Like ``per_unit``, but the mean over consumers."""
+        if self._is_plain:
+            return values
         added = self.per_unit(values, sets)
         counts = {len(self.sets[i].readers) for i in sets}
         if len(counts) == 1:
@@ -263,12 +248,19 @@ class Population:
 
     def outgoing(self, sets: Sequence[int]) -> Tensor:
         """For each column of the sets the mean size of the weights that it is multiplied by."""
-        parts = []
-        for i in sets:
-            for reader in self.sets[i].readers:
-                layer = self._callback.model.get_submodule(reader.table.module)
-                parts.append(reader.take(_mean_size_by_column(layer, self.dtype)))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        for reader in self.readers(sets):
+            weight, sizes = reader.weight, self._outgoing_of[reader.number]
+            if reader.in_order and weight.ndim == 2 and weight.dtype == sizes.dtype and weight.numel() <= _SMALL:
+                if self._scratch.numel() < weight.numel():
+                    self._scratch = torch.empty(_SMALL, dtype=weight.dtype, device=weight.device)
+                absolute = torch.abs(weight, out=self._scratch[: weight.numel()].view(weight.shape))
+                torch.sum(absolute, 0, out=sizes)
+            else:
+                sizes.copy_(reader.take(_size_by_column(reader, self.dtype)))
+        _, columns = self.places(sets)
+        if isinstance(columns, slice):
+            return self._outgoing.div_(self._weights_per_column)
+        return self._outgoing[columns] / self._weights_per_column[columns]
 
     def incoming(self, sets: Sequence[int]) -> Tensor:
         """For each unit of the sets the mean size of the weights of the main row that makes it."""
@@ -284,8 +276,10 @@ class Population:
         names = dict.fromkeys(f"{table.module}.weight" for unit_set in self.sets for table in unit_set.producers)
         return InitialDistribution(self._callback.model, names, init)
 
-    def replace(self, chosen: Mapping[int, Tensor], initial: InitialDistribution, compensate: Tensor | None) -> None:
-        """Replaces units: ``chosen`` are units by set, ``compensate`` mean activations over all columns.
+    def replace(
+        self, chosen: Mapping[int, Tensor], initial: InitialDistribution, compensate: Mapping[int, Sequence[Tensor]]
+    ) -> None:
+        """Replaces units: ``chosen`` are units by set, ``compensate`` what each of the set's readers got from them.
 
         All biases are shifted by the old weights first, and all rows drawn before any column becomes zero: where two
         layers meet in one weight, the zero stays, and a replaced unit's bias is 0.
@@ -293,10 +287,9 @@ class Population:
         editor = self._callback.editor
         generator = self._callback.draws.generator(self.device)
         parts = [(self.sets[i], units) for i, units in chosen.items()]
-        for unit_set, units in parts if compensate is not None else ():
-            for reader in unit_set.readers:
-                amounts = compensate[reader.columns].view(reader.table.entries.shape)[units].flatten()  # type: ignore[index]
-                editor.shift_bias(reader.table.module, reader.table.of_units(units), amounts)
+        for i, amounts in compensate.items():
+            for reader, amount in zip(self.sets[i].readers, amounts, strict=True):
+                editor.shift_bias(reader.table.module, reader.table.of_units(chosen[i]), amount)
         for unit_set, units in parts:
             for table in unit_set.producers:
                 rows = table.of_units(units)
@@ -308,11 +301,16 @@ class Population:
                 editor.zero_columns(reader.table.module, reader.table.of_units(units))
 
 
-def _mean_size_by_column(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    groups = layer.groups if isinstance(layer, _ConvNd) else 1
-    by_group = torch.unflatten(weight.detach(), 0, (groups, -1))  # group, output, input, kernel
-    others = [1, *range(3, by_group.ndim)]
-    sizes: Tensor = torch.linalg.vector_norm(by_group, 1, others, dtype=dtype)
-    return sizes.flatten() / by_group[0, :, 0].numel()
+def average_in(average: Tensor, places: Index, values: Tensor, weight: float) -> None:
+    """Moves some places of a running average towards new values."""
+    if isinstance(places, slice):  # all of them
+        average.lerp_(values, weight)
+    else:
+        average[places] = torch.lerp(average[places], values, weight)
+
+
+def _size_by_column(reader: Reader, dtype: torch.dtype) -> Tensor:
+    if reader.weight.ndim == 2:
+        return sum_of_sizes(reader.weight, [0], dtype)
+    by_group = torch.unflatten(reader.weight, 0, (reader.groups, -1))  # group, output, input, kernel
+    return sum_of_sizes(by_group, [1, *range(3, by_group.ndim)], dtype).flatten()

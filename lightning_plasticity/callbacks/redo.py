@@ -96,7 +96,7 @@ class ReDo(PlasticityCallback):
 
     def _listen(self) -> None:
         """Only the forward passes of the step that decides need to be read."""
-        self._population.listening = any((done + 1) % self.every_n_train_steps == 0 for done in self._steps)
+        self._population.activations.listening = any((done + 1) % self.every_n_train_steps == 0 for done in self._steps)
 
     @override
     def _stop(self) -> None:
@@ -127,7 +127,7 @@ class ReDo(PlasticityCallback):
             if i in due and len(dormant):
                 chosen[i] = dormant
                 self.replaced += len(dormant)
-        self._population.replace(chosen, self._initial, compensate=None)
+        self._population.replace(chosen, self._initial, compensate={})
 
     @override
     def _state(self) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class ReDo(PlasticityCallback):
             "steps": list(self._steps),
             "initial": self._initial.state_dict(),
             "replaced": self.replaced,
-            "heard": self._population.state(),
+            "heard": self._population.activations.state(),
         }
 
     @override
@@ -143,7 +143,7 @@ class ReDo(PlasticityCallback):
         self._steps = list(state["steps"])
         self._initial.load_state_dict(state["initial"])
         self.replaced = state["replaced"]
-        self._population.restore(state["heard"])
+        self._population.activations.restore(state["heard"])
         self._listen()
 
     @override

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,6 +19,7 @@ from lightning_plasticity.edits import OptimizerState
 from lightning_plasticity.flow import INPUT, CalledLayer, Flow, trace
 from lightning_plasticity.functional.soft_weight_rescaling import (
     joint_norms,
+    log_rescaling_factor,
     log_rescaling_factors,
 )
 from lightning_plasticity.probing import tensors_in
@@ -26,11 +28,16 @@ from lightning_plasticity.rescaling import Rescaling, change_of_outputs, plan
 
 @dataclass(frozen=True)
 class _Share:
-    """What a step of one optimizer calls for: tensors to scale, and of each group of weights exponents and lambda."""
+    """What a step of one optimizer calls for: tensors to scale, and of each group of weights exponents and lambda.
+
+    The logarithms of ``factors``, one for each tensor, are the product of exponents and the groups' logarithms.
+    """
 
     tensors: list[Tensor]
     exponents: Tensor
     coefficients: Tensor
+    factors: Tensor
+    each_factor: Sequence[Tensor]
 
 
 class SoftWeightRescaling(PlasticityCallback):
@@ -209,10 +216,14 @@ class SoftWeightRescaling(PlasticityCallback):
         for optimizer in optimizers:
             own = rescaling.groups * torch.tensor([owner in (optimizer, None) for owner in owners])
             concerned = (rescaling.exponents[:, own.any(1)] != 0).any(1)
+            tensors = [t.tensor for t, is_one in zip(rescaling.targets, concerned.tolist(), strict=True) if is_one]
+            factors = self._initial_norms.new_ones(len(tensors))
             yield _Share(
-                [target.tensor for target, is_one in zip(rescaling.targets, concerned.tolist(), strict=True) if is_one],
+                tensors,
                 rescaling.exponents[concerned].to(self._initial_norms),
                 (own * of_weights).amax(1).to(self._initial_norms),
+                factors,
+                factors.unbind(),
             )
 
     def _find_classifier(self) -> Sequence[str]:
@@ -249,12 +260,25 @@ class SoftWeightRescaling(PlasticityCallback):
         share = self._shares[which]
         if not share.tensors:
             return
-        logs = log_rescaling_factors(self._joint(self._norms()), self._joint(self._initial_norms), share.coefficients)
-        # Not a product of matrices, which on CUDA may be rounded to TF32.
-        factors = (share.exponents * logs).sum(1).exp()
-        self.editor.scale(share.tensors, factors.unbind())
+        self._find_factors(share)
+        self.editor.scale(share.tensors, share.each_factor)
         if self.rebase_on_lr_drop is not None:
             self._last_norms = self._norms()
+
+    def _find_factors(self, share: _Share) -> None:
+        """Writes the factors into memory that stays: in a small network a new tensor costs more than what it holds."""
+        if share.factors.is_cpu and self._groups is None:
+            norms = self._norms().tolist()
+            numbers = zip(norms, self._initial_norms.tolist(), share.coefficients.tolist(), strict=True)
+            logs = [log_rescaling_factor(*of_layer) for of_layer in numbers]
+            np.exp(
+                share.exponents.numpy() @ np.array(logs, dtype=share.exponents.numpy().dtype), out=share.factors.numpy()
+            )
+        else:
+            joint, initial = self._joint(self._norms()), self._joint(self._initial_norms)
+            # Not a product of matrices, which on CUDA may be rounded to TF32.
+            terms = share.exponents * log_rescaling_factors(joint, initial, share.coefficients)
+            torch.exp(terms.sum(1), out=share.factors)
 
     @torch.no_grad()
     def _norms(self) -> Tensor:

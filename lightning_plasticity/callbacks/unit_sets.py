@@ -44,7 +44,19 @@ class Reader:
     table: Table
     columns: slice
     number: int
+    layer: nn.Module
+    weight: Tensor
     in_order: bool  # its entries are all inputs of the layer, in their order
+
+    @property
+    def groups(self) -> int:
+        """Those of a grouped convolution; otherwise 1."""
+        return self.layer.groups if isinstance(self.layer, _ConvNd) else 1
+
+    @property
+    def weights_per_column(self) -> int:
+        """By how many weights a column is multiplied."""
+        return self.weight.numel() // channels_of(self.layer)
 
     def take(self, channels: Tensor) -> Tensor:
         """From one value for each input of the layer: those of the entries."""

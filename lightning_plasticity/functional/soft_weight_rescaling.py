@@ -1,7 +1,11 @@
 """Soft Weight Rescaling: by which factors, and which factors must be common."""
 
+import math
+
 import torch
 from torch import Tensor
+
+_ABOVE_MINUS_ONE = torch.finfo(torch.float32).eps - 1
 
 
 def log_rescaling_factors(norms: Tensor, initial_norms: Tensor, coefficients: Tensor) -> Tensor:
@@ -24,6 +28,17 @@ def log_rescaling_factors(norms: Tensor, initial_norms: Tensor, coefficients: Te
     change = coefficients * (initial_norms / norms - 1)
     smallest = torch.finfo(norms.dtype).eps - 1
     return torch.where(norms == 0, 0.0, change).clamp(min=smallest).log1p()
+
+
+def log_rescaling_factor(norm: float, initial_norm: float, coefficient: float) -> float:
+    """The same for one layer and Python's numbers, which take far less time than small tensors on the CPU.
+
+    Example:
+        >>> round(math.exp(log_rescaling_factor(2.0, 1.0, 0.5)), 6)
+        0.75
+    """
+    change = coefficient * (initial_norm / norm - 1) if norm else 0.0
+    return math.log1p(max(change, _ABOVE_MINUS_ONE))
 
 
 def joint_norms(norms: Tensor, groups: Tensor) -> Tensor:
