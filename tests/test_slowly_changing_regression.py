@@ -3,13 +3,10 @@
 import csv
 import importlib.util
 import itertools
-import itertools
 from pathlib import Path
 
 import pytest
 import torch
-
-from lightning_plasticity import find_units
 
 from lightning_plasticity import find_units
 

@@ -47,7 +47,8 @@ def test_only_the_step_that_decides_is_read():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     method = ReDo(0.0, 4).attach(model, optimizer, example_inputs=(torch.zeros(1, 6).double(),))
     listening = []
-    train(model, optimizer, method.step, INPUT[mlp], 8, lambda _: listening.append(method._population.activations.listening))
+    activations = method._population.activations
+    train(model, optimizer, method.step, INPUT[mlp], 8, lambda _: listening.append(activations.listening))
     assert listening == [False, False, True, False, False, False, True, False]
 
 
