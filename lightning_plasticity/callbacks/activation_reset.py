@@ -148,11 +148,13 @@ class ActivationReset(PlasticityCallback):
             average_in(self._utility, population.places(heard)[0], activation, 1 - self.decay_rate)
         due = {}
         for i in trained:
-            eligible, strategy = self._maturity.advance(i), self._strategies[i]
+            eligible, strategy, low, high = self._maturity.advance(i), self._strategies[i], 0, 0
             self._earned_low[i] += strategy.low_rate * eligible
-            low = self._take(self._earned_low, i)
+            if self._earned_low[i] >= 1:
+                low = self._take(self._earned_low, i)
             self._earned_high[i] += strategy.high_rate * (eligible - low)
-            high = self._take(self._earned_high, i)
+            if self._earned_high[i] >= 1:
+                high = self._take(self._earned_high, i)
             if low or high:
                 due[i] = (low, high)
         if due:
@@ -162,8 +164,6 @@ class ActivationReset(PlasticityCallback):
 
     def _take(self, earned: list[float], i: int) -> int:
         """How many resets of a set are due, out of what it has earned."""
-        if earned[i] < 1:
-            return 0
         count, earned[i] = whole_and_rest(earned[i])
         count = min(count, self._maturity.eligible(i))
         self._maturity.replaced(i, count)

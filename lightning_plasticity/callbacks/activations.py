@@ -46,7 +46,10 @@ class Activations:
         self._totals, self._sizes = (
             torch.cat([sums.to(zeros(0)), zeros(more)]) for sums in (self._totals, self._sizes)
         )
-        self._parts = [(self._totals[reader.columns], self._sizes[reader.columns]) for reader in self._readers]
+        # With a dimension for the row.
+        sums = torch.stack([self._totals, self._sizes]).unsqueeze(1)
+        self._totals, self._sizes = sums[0, 0], sums[1, 0]
+        self._parts = [(sums[0, :, reader.columns], sums[1, :, reader.columns]) for reader in self._readers]
 
     def hook(self, layer: nn.Module, readers: Sequence[Reader]) -> Callable[[nn.Module, Any], None]:
         """What to call with the arguments of each call of a layer."""
@@ -61,7 +64,7 @@ class Activations:
                 x = x.unsqueeze(0)  # without a batch
             rows, size = x.numel() // channels, None
             if rows == 1:
-                total = x.view(channels)
+                total = x.view(1, channels) if x.ndim != 2 else x
             else:
                 others = [d for d in range(x.ndim) if d != x.ndim + dim]
                 total = x.sum(others, dtype=self._totals.dtype)
@@ -79,7 +82,7 @@ class Activations:
         before = self._rows[n]
         self._rows[n] = before + rows
         if not reader.in_order:
-            total, size = reader.take(total), None if size is None else reader.take(size)
+            total, size = reader.take(total.flatten()), None if size is None else reader.take(size)
         total_so_far, size_so_far = self._parts[n]
         if before == 0:
             total_so_far.copy_(total)
@@ -97,7 +100,7 @@ class Activations:
         sums = torch.zeros_like(torch.stack([self._totals, self._sizes]))
         for reader, rows, (total, size) in zip(self._readers, self._rows, self._parts, strict=True):
             if rows:
-                sums[:, reader.columns] = torch.stack([total, total.abs() if rows == 1 else size])
+                sums[:, reader.columns] = torch.cat([total, total.abs() if rows == 1 else size])
         sums, counts = gather_over_ranks([sums, torch.tensor(self._rows, device=sums.device)])
         return {"sums": sums, "rows": counts}
 

@@ -60,9 +60,9 @@ class Population:
         self._places: dict[tuple[int, ...], tuple[Index, Index]] = {}
         self._is_plain = True  # each unit is read by one column of one layer
         self._weights: list[Tensor] = []  # of all sets
-        self._outgoing = self._weights_per_column = torch.zeros(0)
+        self._outgoing = self._share_of_weight = torch.zeros(0)
         self._outgoing_of: list[Tensor] = []  # of each reader
-        self._scratch = torch.empty(0)
+        self._memory: dict[torch.Size, Tensor] = {}
 
     # ---- finding
 
@@ -111,10 +111,8 @@ class Population:
             self._weights += weights
             self._is_plain &= len(readers) == 1 and readers[0].table.entries.shape[1] == 1
         self.activations.add(self._by_number[len(self._outgoing_of) :], self.zeros)
-        counts = [
-            self.zeros(r.table.entries.numel()) + r.weight.numel() // channels_of(r.layer) for r in self._by_number
-        ]
-        self._weights_per_column = torch.cat([self.zeros(0), *counts])
+        shares = [self.zeros(r.table.entries.numel()) + 1 / r.weights_per_column for r in self._by_number]
+        self._share_of_weight = torch.cat([self.zeros(0), *shares])
         self._outgoing = self.zeros(self.columns)
         self._outgoing_of = [self._outgoing[reader.columns] for reader in self._by_number]
 
@@ -251,16 +249,22 @@ class Population:
         for reader in self.readers(sets):
             weight, sizes = reader.weight, self._outgoing_of[reader.number]
             if reader.in_order and weight.ndim == 2 and weight.dtype == sizes.dtype and weight.numel() <= _SMALL:
-                if self._scratch.numel() < weight.numel():
-                    self._scratch = torch.empty(_SMALL, dtype=weight.dtype, device=weight.device)
-                absolute = torch.abs(weight, out=self._scratch[: weight.numel()].view(weight.shape))
-                torch.sum(absolute, 0, out=sizes)
+                torch.sum(torch.abs(weight, out=self._memory_for(weight)), 0, out=sizes)
             else:
                 sizes.copy_(reader.take(_size_by_column(reader, self.dtype)))
         _, columns = self.places(sets)
         if isinstance(columns, slice):
-            return self._outgoing.div_(self._weights_per_column)
-        return self._outgoing[columns] / self._weights_per_column[columns]
+            return self._outgoing.mul_(self._share_of_weight)
+        return self._outgoing[columns] * self._share_of_weight[columns]
+
+    def _memory_for(self, weight: Tensor) -> Tensor:
+        """Memory of the shape of a weight, the same for all."""
+        if weight.shape not in self._memory:
+            whole = self._memory.setdefault(
+                torch.Size([_SMALL]), torch.empty(_SMALL, dtype=weight.dtype, device=weight.device)
+            )
+            self._memory[weight.shape] = whole[: weight.numel()].view(weight.shape)
+        return self._memory[weight.shape]
 
     def incoming(self, sets: Sequence[int]) -> Tensor:
         """For each unit of the sets the mean size of the weights of the main row that makes it."""
@@ -304,9 +308,9 @@ class Population:
 def average_in(average: Tensor, places: Index, values: Tensor, weight: float) -> None:
     """Moves some places of a running average towards new values."""
     if isinstance(places, slice):  # all of them
-        average.lerp_(values, weight)
+        average.mul_(1 - weight).add_(values, alpha=weight)
     else:
-        average[places] = torch.lerp(average[places], values, weight)
+        average[places] = average[places] * (1 - weight) + values * weight
 
 
 def _size_by_column(reader: Reader, dtype: torch.dtype) -> Tensor:

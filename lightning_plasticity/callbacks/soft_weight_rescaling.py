@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,6 +25,8 @@ from lightning_plasticity.functional.soft_weight_rescaling import (
 from lightning_plasticity.probing import tensors_in
 from lightning_plasticity.rescaling import Rescaling, change_of_outputs, plan
 
+_FEW = 100  # factors and their products; far more are better worked out together
+
 
 @dataclass(frozen=True)
 class _Share:
@@ -38,6 +40,7 @@ class _Share:
     coefficients: Tensor
     factors: Tensor
     each_factor: Sequence[Tensor]
+    terms: list[list[tuple[int, float]]] | None  # exponents other than 0, where Python is to work the factors out
 
 
 class SoftWeightRescaling(PlasticityCallback):
@@ -218,12 +221,16 @@ class SoftWeightRescaling(PlasticityCallback):
             concerned = (rescaling.exponents[:, own.any(1)] != 0).any(1)
             tensors = [t.tensor for t, is_one in zip(rescaling.targets, concerned.tolist(), strict=True) if is_one]
             factors = self._initial_norms.new_ones(len(tensors))
+            exponents = rescaling.exponents[concerned]
+            terms = [[(i, exponent) for i, exponent in enumerate(row) if exponent] for row in exponents.tolist()]
+            is_small = factors.is_cpu and self._groups is None and sum(map(len, terms)) <= _FEW
             yield _Share(
                 tensors,
-                rescaling.exponents[concerned].to(self._initial_norms),
+                exponents.to(self._initial_norms),
                 (own * of_weights).amax(1).to(self._initial_norms),
                 factors,
                 factors.unbind(),
+                terms if is_small else None,
             )
 
     def _find_classifier(self) -> Sequence[str]:
@@ -266,14 +273,16 @@ class SoftWeightRescaling(PlasticityCallback):
             self._last_norms = self._norms()
 
     def _find_factors(self, share: _Share) -> None:
-        """Writes the factors into memory that stays: in a small network a new tensor costs more than what it holds."""
-        if share.factors.is_cpu and self._groups is None:
-            norms = self._norms().tolist()
-            numbers = zip(norms, self._initial_norms.tolist(), share.coefficients.tolist(), strict=True)
-            logs = [log_rescaling_factor(*of_layer) for of_layer in numbers]
-            np.exp(
-                share.exponents.numpy() @ np.array(logs, dtype=share.exponents.numpy().dtype), out=share.factors.numpy()
-            )
+        """Writes the factors into memory that stays.
+
+        In a small network on the CPU Python's numbers take less time than a few small tensors.
+        """
+        if share.terms is not None:
+            numbers = zip(self._norm_of_each(), self._initial_norms.tolist(), share.coefficients.tolist(), strict=True)
+            logs = [log_rescaling_factor(norm.item(), initial, lambda_) for norm, initial, lambda_ in numbers]
+            share.factors.numpy()[:] = [
+                math.exp(sum([exponent * logs[i] for i, exponent in terms])) for terms in share.terms
+            ]
         else:
             joint, initial = self._joint(self._norms()), self._joint(self._initial_norms)
             # Not a product of matrices, which on CUDA may be rounded to TF32.
@@ -282,7 +291,10 @@ class SoftWeightRescaling(PlasticityCallback):
 
     @torch.no_grad()
     def _norms(self) -> Tensor:
-        return torch.stack(torch._foreach_norm(list(self._weights.values()), dtype=self._dtype))
+        return torch.stack(self._norm_of_each())
+
+    def _norm_of_each(self) -> tuple[Tensor, ...] | list[Tensor]:
+        return torch._foreach_norm(list(self._weights.values()), dtype=self._dtype)
 
     def _joint(self, norms: Tensor) -> Tensor:
         return norms if self._groups is None else joint_norms(norms, self._groups)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from callbacks.layered import VGG, build, cnn, disturb, mlp, outputs, update, without_chance
 from callbacks.streams import INPUT, convolutional, train
 from lightning_plasticity import SoftWeightRescaling
+from lightning_plasticity.callbacks import soft_weight_rescaling
 from lightning_plasticity.functional.soft_weight_rescaling import proportionality_error
 
 NETWORKS = ["mlp", "cnn", "cnn_bn", *VGG]
@@ -677,7 +678,8 @@ class CountCalls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_step_costs_as_many_calls_for_100_layers_as_for_10(tied):
+def test_a_step_costs_as_many_calls_for_100_layers_as_for_10(tied, monkeypatch):
+    monkeypatch.setattr(soft_weight_rescaling, "_FEW", 0)  # as on a GPU
     calls = {}
     for layers in (10, 100):
         model = mlp(layers=layers)
@@ -688,6 +690,25 @@ def test_a_step_costs_as_many_calls_for_100_layers_as_for_10(tied):
     assert calls[10] == calls[100]
     assert len(calls[10]) <= 20
     assert not {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"} & {name.split(".")[0] for name in calls[10]}
+
+
+def test_python_s_numbers_give_the_factors_that_tensors_give(monkeypatch):
+    factors = {}
+    for few in (0, 100):
+        monkeypatch.setattr(soft_weight_rescaling, "_FEW", few)
+        torch.manual_seed(0)
+        model = mlp()
+        method = attach(model, torch.randn(4, 5))
+        with torch.no_grad():
+            model[0].weight.mul_(2)
+            model[2].weight.zero_()
+            model[4].weight.mul_(0.5)
+        method.step()
+        [share] = method._shares
+        assert (share.terms is None) == (few == 0)
+        factors[few] = share.factors
+    assert factors[0].min() < 1 < factors[0].max()
+    torch.testing.assert_close(factors[100], factors[0])
 
 
 def test_what_is_logged():
