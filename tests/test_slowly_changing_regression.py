@@ -55,7 +55,7 @@ def test_a_unit_of_the_target_is_on_where_70_percent_of_its_inputs_are_as_it_wan
     assert torch.equal(target.of(bits), expected)
 
 
-@pytest.mark.parametrize("arm", ["SGD", "Adam"])
+@pytest.mark.parametrize("arm", ["SGD", "Adam 0.001"])
 def test_learners_side_by_side_learn_what_each_would_alone(study, arm):
     def trained(seeds):
         learners = study.Learners(seeds)
@@ -83,9 +83,9 @@ def test_rows_table_and_picture_and_a_second_call_runs_nothing(study, tmp_path):
     assert [(r["arm"], r["seed"], r["examples"]) for r in written] == [
         (arm, str(seed), str(seen)) for arm in study.ARMS for seen in (40, 80, 120, 160) for seed in (0, 1)
     ]
-    errors = torch.tensor([float(r["squared_error"]) for r in written if r["arm"] == "Adam"]).view(4, 2)
+    errors = torch.tensor([float(r["squared_error"]) for r in written if r["arm"] == "Adam 0.001"]).view(4, 2)
     last = errors[2:].mean(0)
-    line = next(x for x in results.with_suffix(".md").read_text().splitlines() if x.startswith("| Adam |"))
+    line = next(x for x in results.with_suffix(".md").read_text().splitlines() if x.startswith("| Adam 0.001 |"))
     assert line.split(" | ")[3] == f"{last.mean():.3f} ± {last.std():.3f}"
     assert results.with_suffix(".png").stat().st_size > 0
     call(study, results)
