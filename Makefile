@@ -1,5 +1,5 @@
 # Two commands for a fresh machine with Python and make:
-#   make demo     train a small network and print what the library sees
+#   make demo     compare plain training with three methods on a stream of tasks
 #   make test     linter, format, types, tests
 # Each makes the environment .venv once and uses it again until pyproject.toml changes.
 
