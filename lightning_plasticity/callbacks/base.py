@@ -69,6 +69,7 @@ class PlasticityCallback(Callback, ABC):
         self.optimizer_state: OptimizerState = optimizer_state
         self.seed = seed
         self.needs_example = needs_example
+        self._state_key = self._generate_state_key(module=module)  # Lightning asks for it around each of its calls
         self.optimizer_steps = 0  # real steps of all optimizers that train the scope
         self.optimizers: list[Optimizer] = []
         self.draws: EqualDraws
@@ -412,7 +413,7 @@ class PlasticityCallback(Callback, ABC):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(module=self.module)
+        return self._state_key
 
     @override
     def state_dict(self) -> dict[str, Any]:
