@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_plasticity.callbacks.base import PlasticityCallback, in_backward
@@ -15,6 +18,32 @@ from lightning_plasticity.callbacks.unit_sets import Reader, channels_of
 from lightning_plasticity.distributed import gather_over_ranks, share_of_this_rank
 
 _PIECE = 2**18  # entries
+
+_listeners: weakref.WeakValueDictionary[int, Callable[[Tensor, bool], None]] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # not in torch 2.6
+
+# What a hook is in compiled code: one operator that the compiler does not look into, and knows no more of than a tensor
+# that holds a number. So there is nothing to guard on, and layers that are alike share their code. The operator claims
+# to write to that tensor, so that no call of it is left out or moved. The tensor is on the CPU to keep the operator out
+# of CUDA graphs: they would repeat its kernels without its Python.
+_OPERATOR = "lightning_plasticity::hear"
+_TAGS = ("pt2_compliant_tag", "flexible_layout", "cudagraph_unsafe")  # the last is not in torch 2.6
+torch.library.define(
+    _OPERATOR,
+    "(Tensor(a!) number, Tensor x) -> ()",
+    tags=[getattr(torch.Tag, name) for name in _TAGS if hasattr(torch.Tag, name)],
+)
+
+
+def _hear(number: Tensor, x: Tensor) -> None:
+    listener = _listeners.get(int(number))
+    if listener is not None:  # its hook is still there
+        listener(x, True)
+
+
+torch.library.impl(_OPERATOR, "default", _hear)
+torch.library.register_fake(_OPERATOR, lambda number, x: None)
 
 
 class Activations:
@@ -56,10 +85,11 @@ class Activations:
         channels = channels_of(layer)
         dim = -1 - len(layer.kernel_size) if isinstance(layer, _ConvNd) else -1
 
-        def hear(_: nn.Module, args: Any) -> None:
+        def hear(x: Tensor, is_lent: bool) -> None:
+            """``is_lent``: of memory that compiled code writes to again."""
             if not self.listening or not self._callback.scope_is_training or in_backward():
                 return
-            x = args[0].detach()
+            x = x.detach()
             if x.ndim == -dim:
                 x = x.unsqueeze(0)  # without a batch
             rows, size = x.numel() // channels, None
@@ -72,9 +102,19 @@ class Activations:
             for reader in readers:
                 self._note(reader, rows, total, size)
                 if self._with_inputs:
-                    self._inputs.setdefault(reader.number, []).append(x.movedim(dim, -1).flatten(0, -2))
+                    inputs = x.movedim(dim, -1).flatten(0, -2)
+                    self._inputs.setdefault(reader.number, []).append(inputs.clone() if is_lent else inputs)
 
-        return hear
+        uncompiled, number = self._callback.uncompiled(hear), torch.tensor(next(_numbers), device="cpu")
+        _listeners[int(number)] = hear
+
+        def hook(_: nn.Module, args: Any) -> None:
+            if not is_compiling():
+                uncompiled(args[0], False)
+            elif not _is_exporting():
+                torch.ops.lightning_plasticity.hear(number, args[0].detach())
+
+        return hook
 
     def _note(self, reader: Reader, rows: int, total: Tensor, size: Tensor | None) -> None:
         """Adds totals and sizes by channel; of a single row no sizes are given."""
