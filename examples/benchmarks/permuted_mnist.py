@@ -258,15 +258,15 @@ def report(results: Results, tasks: int) -> str:
 
 
 # Colours of Okabe and Ito, that colour-blind readers can tell apart; line styles tell them apart without colour.
-STYLES = {
+STYLES: dict[str, tuple[str, Any]] = {
     "plain": ("#000000", "-"),
-    "ContinualBackprop": ("#0072B2", "-"),
-    "ActivationReset auto": ("#D55E00", "-"),
-    "ActivationReset relu": ("#D55E00", "--"),
+    "ContinualBackprop": ("#0072B2", (0, (6, 1))),
+    "ActivationReset auto": ("#D55E00", (0, (4, 1, 1, 1, 1, 1))),
+    "ActivationReset relu": ("#D55E00", (0, (3, 1))),
     "ActivationReset tanh, rates 1e-5, 1e-6": ("#D55E00", ":"),
     "SoftWeightRescaling": ("#009E73", "-."),
-    "L2": ("#E69F00", "--"),
-    "LayerNorm, L2": ("#CC79A7", "-."),
+    "L2": ("#E69F00", (0, (1, 1))),
+    "LayerNorm, L2": ("#CC79A7", (0, (4, 2, 1, 2))),
 }
 
 
@@ -283,23 +283,26 @@ def draw_curves(results: Results, tasks: int, picture: Path) -> None:
         return
     shown = {"accuracy": "online accuracy, %", "dead_units": "dead units, %", "effective_rank": "effective rank"}
     figure, axes = pyplot.subplots(
-        len(shown), len(networks), figsize=(4 * len(networks), 7.5), sharex=True, squeeze=False
+        len(networks),
+        len(shown),
+        figsize=(10, 0.8 + 2.7 * len(networks)),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
     )
     handles: dict[str, Any] = {}
-    for column, network in zip(axes.T, networks, strict=True):
-        column[0].set_title(f"{network} network")
-        column[-1].set_xlabel("task")
-        for axis, measure in zip(column, shown, strict=True):
+    for row, network in zip(axes, networks, strict=True):
+        for axis, (measure, label) in zip(row, shown.items(), strict=True):
+            axis.set_title(f"{label}: {network} network", fontsize=10)
             for arm, (colour, style) in STYLES.items():
                 curves = [results.of(network, arm, s, tasks, measure) for s in results.seeds(network, arm, tasks)]
                 if curves:
                     scale = 1 if measure == "effective_rank" else 100
                     y = scale * smooth(np.mean(curves, axis=0))
                     [handles[arm]] = axis.plot(np.arange(3, 3 + len(y)), y, color=colour, linestyle=style, label=arm)
-    for axis, label in zip(axes[:, 0], shown.values(), strict=True):
-        axis.set_ylabel(label)
-    figure.legend(handles.values(), handles, loc="lower center", ncols=min(4, len(networks) + 1), frameon=False)
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    for axis in axes[-1]:
+        axis.set_xlabel("task")
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, handlelength=3.5)
     figure.savefig(picture, dpi=110)
     pyplot.close(figure)
 
