@@ -18,6 +18,7 @@ from lightning_plasticity.callbacks.unit_sets import Reader, channels_of
 from lightning_plasticity.distributed import gather_over_ranks, share_of_this_rank
 
 _PIECE = 2**18  # entries
+_SMALL = 2**16  # entries whose absolute values are written to memory that stays
 
 _listeners: weakref.WeakValueDictionary[int, Callable[[Tensor, bool], None]] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -66,6 +67,7 @@ class Activations:
         self._totals = self._sizes = torch.zeros(0)
         self._parts: list[tuple[Tensor, Tensor]] = []  # of totals and sizes, for each reader
         self._inputs: dict[int, list[Tensor]] = {}
+        self._memory: dict[torch.Size, Tensor] = {}
 
     def add(self, readers: Sequence[Reader], zeros: Callable[[int], Tensor]) -> None:
         """Makes room for more readers, which have the next numbers; ``zeros`` makes an array."""
@@ -95,6 +97,14 @@ class Activations:
             rows, size = x.numel() // channels, None
             if rows == 1:
                 total = x.view(1, channels) if x.ndim != 2 else x
+            elif dim == -1 and self._is_first_and_only(readers) and x.dtype == self._totals.dtype:
+                first = readers[0].number
+                self._rows[first] = rows
+                (total, size), flat = self._parts[first], x.reshape(rows, channels)
+                torch.sum(flat, 0, keepdim=True, out=total)
+                if self._with_sizes:
+                    self.write_sum_of_sizes(flat, size)
+                return
             else:
                 others = [d for d in range(x.ndim) if d != x.ndim + dim]
                 total = x.sum(others, dtype=self._totals.dtype)
@@ -115,6 +125,21 @@ class Activations:
                 torch.ops.lightning_plasticity.hear(number, args[0].detach())
 
         return hook
+
+    def _is_first_and_only(self, readers: Sequence[Reader]) -> bool:
+        """Whether what the one reader of a layer is given need not be added to anything, picked from or kept."""
+        first = readers[0]
+        return len(readers) == 1 and first.in_order and not self._rows[first.number] and not self._with_inputs
+
+    def write_sum_of_sizes(self, x: Tensor, out: Tensor) -> None:
+        """Writes the sum of the absolute values over rows, as a row."""
+        if x.is_cpu and x.numel() <= _SMALL and x.dtype == out.dtype:
+            if x.shape not in self._memory:
+                whole = self._memory.setdefault(torch.Size([_SMALL]), torch.empty(_SMALL, dtype=x.dtype))
+                self._memory[x.shape] = whole[: x.numel()].view(x.shape)
+            torch.sum(torch.abs(x, out=self._memory[x.shape]), 0, keepdim=True, out=out)
+        else:
+            out.copy_(sum_of_sizes(x, [0], out.dtype))
 
     def _note(self, reader: Reader, rows: int, total: Tensor, size: Tensor | None) -> None:
         """Adds totals and sizes by channel; of a single row no sizes are given."""

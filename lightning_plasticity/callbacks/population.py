@@ -17,7 +17,6 @@ from lightning_plasticity.initial import InitialDistribution
 from lightning_plasticity.units import HiddenUnits, explore
 
 Index: TypeAlias = slice | Tensor
-_SMALL = 2**16  # entries of a weight whose absolute values are written to memory that stays
 
 
 class Population:
@@ -62,7 +61,6 @@ class Population:
         self._weights: list[Tensor] = []  # of all sets
         self._outgoing = self._share_of_weight = torch.zeros(0)
         self._outgoing_of: list[Tensor] = []  # of each reader
-        self._memory: dict[torch.Size, Tensor] = {}
 
     # ---- finding
 
@@ -114,7 +112,7 @@ class Population:
         shares = [self.zeros(r.table.entries.numel()) + 1 / r.weights_per_column for r in self._by_number]
         self._share_of_weight = torch.cat([self.zeros(0), *shares])
         self._outgoing = self.zeros(self.columns)
-        self._outgoing_of = [self._outgoing[reader.columns] for reader in self._by_number]
+        self._outgoing_of = [self._outgoing[None, reader.columns] for reader in self._by_number]  # as rows
 
     def zeros(self, *shape: int) -> Tensor:
         """An array for averages."""
@@ -248,23 +246,14 @@ class Population:
         """For each column of the sets the mean size of the weights that it is multiplied by."""
         for reader in self.readers(sets):
             weight, sizes = reader.weight, self._outgoing_of[reader.number]
-            if reader.in_order and weight.ndim == 2 and weight.dtype == sizes.dtype and weight.numel() <= _SMALL:
-                torch.sum(torch.abs(weight, out=self._memory_for(weight)), 0, out=sizes)
+            if reader.in_order and weight.ndim == 2:
+                self.activations.write_sum_of_sizes(weight, sizes)
             else:
                 sizes.copy_(reader.take(_size_by_column(reader, self.dtype)))
         _, columns = self.places(sets)
         if isinstance(columns, slice):
             return self._outgoing.mul_(self._share_of_weight)
         return self._outgoing[columns] * self._share_of_weight[columns]
-
-    def _memory_for(self, weight: Tensor) -> Tensor:
-        """Memory of the shape of a weight, the same for all."""
-        if weight.shape not in self._memory:
-            whole = self._memory.setdefault(
-                torch.Size([_SMALL]), torch.empty(_SMALL, dtype=weight.dtype, device=weight.device)
-            )
-            self._memory[weight.shape] = whole[: weight.numel()].view(weight.shape)
-        return self._memory[weight.shape]
 
     def incoming(self, sets: Sequence[int]) -> Tensor:
         """For each unit of the sets the mean size of the weights of the main row that makes it."""

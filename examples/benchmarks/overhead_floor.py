@@ -1,0 +1,181 @@
+"""What the least that a method must do costs inside a training step: the floor that `overhead.py` is measured against.
+
+    python examples/benchmarks/overhead_floor.py
+
+A multi-layer perceptron, 784-3x100-10, trains with batch 1 in a plain loop, once as it is and once with each of a few
+operations of PyTorch added to every step, in blocks of steps that take turns. Between the operations of a step the
+processor's caches are cold for each kind of operation: the same call takes several times as long as in a loop of its
+own. Prints a table, and writes it to `overhead_floor.md` beside this file.
+"""
+
+import gc
+import itertools
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lightning_plasticity.callbacks.base import PlasticityCallback
+
+STEPS, ROUNDS = 100, 60
+Extra = Callable[[], None]
+
+
+def make_network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU()),
+        nn.Linear(100, 10),
+    )
+
+
+def hook(model: nn.Sequential, function: Callable[..., None]) -> None:
+    for layer in (model[2], model[4], model[6]):  # those that read hidden units
+        layer.register_forward_pre_hook(function)
+
+
+def nothing(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    del model, optimizer
+
+
+def empty_hooks(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    hook(model, lambda *_: None)
+
+
+def reading_hooks(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    kept = torch.zeros(1, 100)
+
+    def read(_: nn.Module, args: tuple[torch.Tensor]) -> None:
+        kept.copy_(args[0].detach())
+
+    hook(model, read)
+
+
+def optimizer_hooks(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.register_step_pre_hook(lambda *_: None)
+    optimizer.register_step_post_hook(lambda *_: None)
+
+
+def average(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> Extra:
+    kept, new = torch.zeros(300), torch.rand(300)
+    return lambda: kept.mul_(0.99).add_(new, alpha=0.01)
+
+
+def outgoing_weights(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> Extra:
+    weights = [model[i].weight for i in (2, 4, 6)]
+    sums, memory = torch.zeros(3, 100), [torch.zeros_like(weight) for weight in weights]
+
+    def extra() -> None:
+        for weight, absolute, total in zip(weights, memory, sums, strict=True):
+            torch.sum(torch.abs(weight, out=absolute), 0, out=total)
+
+    return extra
+
+
+def clamp(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> Extra:
+    parameters = [p for i in (0, 2, 4) for p in model[i].parameters()]
+
+    def extra() -> None:
+        for parameter in parameters:
+            parameter.clamp_(-10.0, 10.0)
+
+    return extra
+
+
+def norms(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> Extra:
+    weights = [model[i].weight for i in (0, 2, 4, 6)]
+    return lambda: torch._foreach_norm(weights)
+
+
+def scale(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> Extra:
+    parameters, factors = list(model.parameters()), torch.ones(8).unbind()
+    return lambda: torch._foreach_mul_(parameters, factors)
+
+
+class Idle(PlasticityCallback):
+    """A method that has nothing to do."""
+
+    def _start(self) -> None:
+        pass
+
+    def _after_step(self, optimizer: torch.optim.Optimizer | None) -> None:
+        pass
+
+
+def idle_method(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> Extra:
+    return Idle().attach(model, optimizer).step
+
+
+EXTRAS = {
+    "nothing": nothing,
+    "three forward hooks that do nothing": empty_hooks,
+    "three forward hooks that copy what they see": reading_hooks,
+    "two hooks of the optimizer that do nothing": optimizer_hooks,
+    "a method of this library that has nothing to do": idle_method,
+    "a running average of 300 numbers": average,
+    "mean size of the weights that read 300 units": outgoing_weights,
+    "hidden layers clamped": clamp,
+    "norms of all weights": norms,
+    "all parameters scaled": scale,
+}
+
+
+class Arm:
+    """A network that trains with one operation added."""
+
+    def __init__(self, prepare: Callable[..., Extra | None], batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self._model = make_network()
+        self._optimizer = torch.optim.SGD(self._model.parameters(), lr=0.003)
+        self._extra = prepare(self._model, self._optimizer) or (lambda: None)
+        self._batches = itertools.cycle(batches)
+
+    def train(self) -> float:
+        """Microseconds of a step."""
+        model, optimizer, extra = self._model, self._optimizer, self._extra
+        start = time.perf_counter()
+        for x, y in itertools.islice(self._batches, STEPS):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            with torch.no_grad():
+                extra()
+        return (time.perf_counter() - start) / STEPS * 1e6
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    batches = list(zip(torch.rand(100, 1, 784), torch.randint(10, (100, 1)), strict=True))
+    arms = {name: Arm(prepare, batches) for name, prepare in EXTRAS.items()}
+    for arm in arms.values():
+        arm.train()
+    gc.disable()
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(ROUNDS):
+        for name in random.sample(list(arms), len(arms)):
+            times[name].append(arms[name].train())
+    plain = times.pop("nothing")
+    lines = [
+        f"A plain step takes {statistics.median(plain):.0f} µs (median of {ROUNDS} blocks of {STEPS} steps; "
+        f"{platform.processor() or platform.machine()}, one thread, torch {torch.__version__}).",
+        "",
+        "| added to each step | µs | share of the step |",
+        "|---|---:|---:|",
+    ]
+    for name, with_extra in times.items():
+        added = statistics.median(a - b for a, b in zip(with_extra, plain, strict=True))
+        ratio = statistics.median(a / b for a, b in zip(with_extra, plain, strict=True)) - 1
+        lines.append(f"| {name} | {added:.0f} | {ratio:.1%} |")
+    text = "\n".join(lines)
+    print(text)
+    made_by = "Made by `python examples/benchmarks/overhead_floor.py`."
+    Path(__file__).with_suffix(".md").write_text(f"# The floor of a step\n\n{text}\n\n{made_by}\n")
+
+
+if __name__ == "__main__":
+    main()
