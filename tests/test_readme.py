@@ -1,5 +1,7 @@
 """The README's Python blocks run, one after the other, and its numbers are those of the results files."""
 
+import csv
+import json
 import re
 import warnings
 from functools import partial
@@ -65,3 +67,72 @@ def test_the_python_blocks_of_the_readme_run(tmp_path, monkeypatch):
 
 
 OFFLINE = {"pretrained": False}
+BENCHMARKS = Path(__file__).parents[1] / "examples/benchmarks"
+
+
+def table(first_cells):
+    """The rows of the README's table that begins so, as lists of cells by the first cell."""
+    lines = README[README.index(first_cells) :].split("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: row[1:] for row in rows}
+
+
+def read(name):
+    return list(csv.DictReader((BENCHMARKS / name).read_text().splitlines()))
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def test_what_the_readme_says_of_permuted_mnist_is_what_was_measured():
+    rows = {(r["arm"], int(r["seed"]), int(r["task"])): r for r in read("permuted_mnist.csv") if r["network"] == "relu"}
+    shown = table("| | seeds |")
+    assert shown
+    for arm, cells in shown.items():
+        seeds = [seed for name, seed, task in rows if name == arm and task == 100]
+
+        def measured(measure, tasks, arm=arm, seeds=seeds):
+            return mean([float(rows[arm, seed, task][measure]) for seed in seeds for task in tasks])
+
+        last = range(81, 101)
+        assert cells == [
+            str(len(seeds)),
+            f"{100 * measured('accuracy', [1]):.1f}",
+            f"{100 * measured('accuracy', last):.1f}",
+            f"{100 * measured('dead_units', last):.1f}",
+            f"{measured('effective_rank', last):.1f}",
+        ]
+
+
+def test_what_the_readme_says_of_fine_tuning_is_what_was_measured():
+    models = {"MobileNetV2": "mobilenetv2_100", "ViT-tiny": "vit_tiny_patch16_224"}
+    data_sets = {"textures": "dtd10", "brain MRI": "brain_tumor_mri"}
+    rows, shown = read("finetune_timm.csv"), table("| | runs each |")
+    assert len(shown) == 4
+    for name, (runs, *cells) in shown.items():
+        model, data = name.split(", ")
+        ours = [r for r in rows if (r["model"], r["data"]) == (models[model], data_sets[data])]
+        cases = ("base", "5M", "10M", "10MN", "10NS", "10N", "10M/keep-biases")
+        measured = [[float(r["test_accuracy"]) for r in ours if r["case"] == case] for case in cases]
+        assert {str(len(accuracies)) for accuracies in measured} == {runs}
+        assert cells == [f"{mean(accuracies):.1f}" for accuracies in measured]
+
+
+def test_what_the_readme_says_of_the_cost_is_what_was_measured():
+    cases = {
+        "3 \u00d7 100 units, batch 1, plain loop": "mlp1-loop",
+        "the same, batch 100": "mlp100-loop",
+        "the same, batch 1, Trainer": "mlp1-trainer",
+        "the same, batch 100, Trainer": "mlp100-trainer",
+        "ResNet-18, 64 \u00d7 64, batch 32": "resnet18-64-32",
+    }
+    [rows] = json.loads((BENCHMARKS / "overhead.json").read_text()).values()
+    by_case = {(r["case"], r["method"]): r for r in rows if r["compiled"] == "no" and r["threads"] == 1}
+    shown = table("| | `ContinualBackprop` |")
+    assert list(shown) == list(cases)
+    for name, cells in shown.items():
+        methods = ("ContinualBackprop", "ActivationReset", "SoftWeightRescaling")
+        assert cells == [f"{by_case[cases[name], method]['ratio']:.2f}" for method in methods]
+    seconds = [f"{by_case[f'find-{model}', 'find_units']['seconds']:.1f} s" for model in ("resnet50", "vit_b_16")]
+    assert all(time in README for time in seconds)
