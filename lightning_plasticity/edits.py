@@ -64,7 +64,7 @@ class Editor:
         if optimizer_state not in ("reset", "keep"):
             raise ValueError(f"optimizer_state must be 'reset' or 'keep', but is {optimizer_state!r}.")
         self._model = model
-        self._resets_state = optimizer_state == "reset"
+        self._resets_state = optimizer_state == "reset"  # asked first, for some methods write all tensors at every step
         self._state = StateOfEntries(optimizers if self._resets_state else ())
         self._layers: dict[str, _Layer] = {}
         self._initial_norms: dict[str, dict[str, Tensor]] = {}
@@ -124,7 +124,7 @@ class Editor:
         if layer.bias is None:
             return
         groups, precise = _groups(layer), torch.promote_types(layer.weight.dtype, torch.float32)
-        if groups == 1 and len(columns):
+        if groups == 1 and len(columns):  # all biases are shifted: without the masks, which take most of the time
             used = layer.weight[:, columns].unsqueeze(-1).flatten(2).sum(-1, dtype=precise)
             self.write([layer.bias], [layer.bias + (used * amounts.to(precise)).sum(1)])
             return

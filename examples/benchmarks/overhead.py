@@ -476,7 +476,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.compile:
         try:
             torch.compile(lambda x: x + 1)(torch.zeros(2, device=options.device))
-        except Exception as error:
+        except Exception as error:  # each version of torch raises another kind where there is no compiler
             sys.exit(f"--compile needs what torch.compile needs, on the CPU a C++ compiler, and it failed: {error}")
     given = sys.argv[1:] if arguments is None else arguments
     about = {"torch": torch.__version__, "command": shlex.join(["python", "examples/benchmarks/overhead.py", *given])}

@@ -98,6 +98,7 @@ class Activations:
             if rows == 1:
                 total = x.view(1, channels) if x.ndim != 2 else x
             elif dim == -1 and self._is_first_and_only(readers) and x.dtype == self._totals.dtype:
+                # The usual case of a linear layer: written where it stays, without tensors in between.
                 first = readers[0].number
                 self._rows[first] = rows
                 (total, size), flat = self._parts[first], x.reshape(rows, channels)
