@@ -83,7 +83,7 @@ def test_a_second_call_runs_what_is_missing_and_the_table_holds_what_the_rows_sa
     arms = ["--arm", "plain", "ActivationReset auto", "ReDo", "--tasks", "6"]
     rows = run(study, tmp_path, *arms, "--seed", "0")
     assert len(rows) == 1 + 2 * 6  # with a ReLU network `auto` is left out
-    assert (tmp_path / "results.png").exists()
+    assert (tmp_path / "results_relu.png").exists()
     assert (tmp_path / "results_covariance.png").exists()
     (tmp_path / "results.csv").write_text("\n".join(rows[:-2]) + "\n")  # ReDo was interrupted in task 5
     again = run(study, tmp_path, *arms, "--seed", "0", "1")

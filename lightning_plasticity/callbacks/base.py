@@ -139,7 +139,8 @@ class PlasticityCallback(Callback, ABC):
             model: the network; compiled, data-parallel and Fabric wrappers are looked through.
             optimizer: the optimizer or optimizers that train it. Without one, every call of ``step`` counts.
             example_inputs: what the model is called with, ``model(*example_inputs)``. Without it, the first training
-                forward pass serves as example.
+                forward pass serves as example, and is compiled in pieces where the model is compiled: with
+                ``fullgraph=True`` examples are needed.
         """
         if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
             raise ValueError(
