@@ -9,19 +9,21 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
+from lightning_plasticity.editable import (
+    EDITABLE_LAYERS,
+    EditableLayer,
+    check_layer,
+    check_norm,
+    check_parameter,
+    own_entries,
+)
 from lightning_plasticity.initial import copy_to_cpu, reset_on_cpu
 from lightning_plasticity.optimizer_state import StateOfEntries
 
 OptimizerState: TypeAlias = Literal["reset", "keep"]
 _Index: TypeAlias = tuple[Tensor | slice, ...]
-_Layer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# DTensor (FSDP2, tensor parallelism), FlatParameter (FSDP) and DeepSpeed ZeRO stage 3 have one of these each.
-_MARKS_OF_SHARDING = ("device_mesh", "_is_flat_param", "ds_id")
 
 
 class Editor:
@@ -46,7 +48,7 @@ class Editor:
 
     Raises:
         ValueError: If ``optimizer_state`` is neither of the two. The edits raise it for a module, an index or values
-            that do not fit, and ``RuntimeError`` for what :func:`check_editable` refuses.
+            that do not fit, and ``RuntimeError`` for what :func:`.check_editable` refuses.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -66,7 +68,7 @@ class Editor:
         self._model = model
         self._resets_state = optimizer_state == "reset"  # asked first, for some methods write all tensors at every step
         self._state = StateOfEntries(optimizers if self._resets_state else ())
-        self._layers: dict[str, _Layer] = {}
+        self._layers: dict[str, EditableLayer] = {}
         self._initial_norms: dict[str, dict[str, Tensor]] = {}
 
     @torch.no_grad()
@@ -219,15 +221,15 @@ class Editor:
                 "Take one from model.named_modules()."
             ) from error
 
-    def _layer(self, name: str) -> _Layer:
+    def _layer(self, name: str) -> EditableLayer:
         if name not in self._layers:
             layer = self._find(name)
-            if not isinstance(layer, _LAYERS):
+            if not isinstance(layer, EDITABLE_LAYERS):
                 raise ValueError(
                     "Editing rows and columns needs a Linear or Conv layer, "
                     f"but {name!r} is a {type(layer).__name__}. Exclude it."
                 )
-            _check_layer(layer, name)
+            check_layer(layer, name)
             self._layers[name] = layer
         return self._layers[name]
 
@@ -245,45 +247,8 @@ class Editor:
                 state.copy_(initial)
 
 
-def check_editable(target: nn.Module | nn.Parameter, name: str) -> None:
-    """Raise if an :class:`Editor` cannot write to a layer, a normalisation module or a parameter.
-
-    Args:
-        target: What is to be edited.
-        name: What to call it in the error.
-
-    Raises:
-        ValueError: If it is a module of a kind that cannot be edited.
-        RuntimeError: If its parameters are computed from others, sharded, quantised or not there yet.
-
-    Example:
-        >>> check_editable(nn.Linear(2, 3), "encoder")
-        >>> check_editable(nn.ConvTranspose2d(2, 3, 1), "decoder")  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ValueError: An edit needs a Linear or Conv layer or a normalisation module, but 'decoder' is a ConvTr...
-    """
-    if isinstance(target, nn.Parameter):
-        _check_parameter(target, name)
-    elif isinstance(target, _LAYERS):
-        _check_layer(target, name)
-    else:
-        _check_norm(target, name)
-
-
-def _check_parameter(parameter: Tensor, name: str) -> None:
-    if nn.parameter.is_lazy(parameter):
-        raise RuntimeError(f"An edit needs initialised parameters, but {name} has no shape yet. Run one batch first.")
-    if any(hasattr(parameter, mark) for mark in _MARKS_OF_SHARDING):
-        raise RuntimeError(
-            f"An edit needs whole parameters, but {name} is sharded over ranks. "
-            "Use a strategy that keeps a copy on every rank, such as DDP, or exclude it."
-        )
-    if not parameter.is_floating_point():
-        raise RuntimeError(f"An edit needs floating-point parameters, but {name} is {parameter.dtype}. Exclude it.")
-
-
 def _check_mask(parameter: Tensor, mask: Tensor) -> None:
-    _check_parameter(parameter, "the parameter")
+    check_parameter(parameter, "the parameter")
     if mask.dtype != torch.bool or mask.shape != parameter.shape:
         raise ValueError(
             f"A masked edit needs a mask of torch.bool and shape {tuple(parameter.shape)}, "
@@ -291,61 +256,13 @@ def _check_mask(parameter: Tensor, mask: Tensor) -> None:
         )
 
 
-def _check_layer(layer: _Layer, name: str) -> None:
-    for kind in ("weight", "bias"):
-        if getattr(layer, kind) is not None and kind not in layer._parameters:
-            raise RuntimeError(
-                f"An edit needs {name}.{kind} to be a parameter, but it is computed from other tensors (by a "
-                "parametrization, weight_norm, spectral_norm, pruning or sharding), so that what is written would be "
-                "lost. Remove that, as with torch.nn.utils.parametrize.remove_parametrizations, or exclude the module."
-            )
-    for kind, parameter in layer.named_parameters(recurse=False):
-        _check_parameter(parameter, f"{name}.{kind}")
-    dimensions = 2 if isinstance(layer, nn.Linear) else 2 + len(layer.kernel_size)
-    if layer.weight.dim() != dimensions:
-        raise RuntimeError(
-            f"An edit needs {name}.weight to have {dimensions} dimensions, but its shape is "
-            f"{tuple(layer.weight.shape)}: it was flattened, perhaps to be sharded. "
-            "Use a strategy that keeps parameters whole, such as DDP, or exclude the module."
-        )
-
-
-def _check_norm(module: nn.Module, name: str) -> None:
-    kind, has_reset = type(module).__name__, callable(getattr(module, "reset_parameters", None))
-    if isinstance(module, _TRANSPOSED):
-        raise ValueError(
-            f"An edit needs a Linear or Conv layer or a normalisation module, but {name!r} is a {kind}, "
-            "whose weight has its outputs in the second dimension. Exclude it."
-        )
-    if is_parametrized(module):
-        raise RuntimeError(
-            f"An edit needs a module with parameters of its own, but {name!r} is parametrized, so that what is written "
-            "would be lost. Remove that with torch.nn.utils.parametrize.remove_parametrizations, or exclude the module."
-        )
-    for tensor_name, parameter in module.named_parameters(recurse=False):
-        _check_parameter(parameter, f"{name}.{tensor_name}")
-    if _of_entries(module) and not has_reset:
-        raise ValueError(
-            f"Resetting a normalisation module needs its reset_parameters(), but {name!r}, a {kind}, has none. "
-            "Add one that sets the initial values, or exclude the module."
-        )
-
-
-def _of_entries(norm: nn.Module) -> dict[str, Tensor]:
-    """The module's own tensors with a number for each entry: not its counters and shared scalars."""
-    own = [*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)]
-    whole = {name: tensor for name, tensor in own if tensor.dim() > 0}
-    size = max((tensor.numel() for tensor in whole.values()), default=0)
-    return {name: tensor for name, tensor in whole.items() if tensor.numel() == size}
-
-
 def _initial_norm(norm: nn.Module, name: str) -> dict[str, Tensor]:
-    if isinstance(norm, _LAYERS):
+    if isinstance(norm, EDITABLE_LAYERS):
         raise ValueError(
             f"reset_norm needs a normalisation module, but {name!r} is a {type(norm).__name__}. Use redraw_rows."
         )
-    _check_norm(norm, name)
-    tensors = _of_entries(norm)
+    check_norm(norm, name)
+    tensors = own_entries(norm)
     if not tensors:
         return {}
     twin = copy_to_cpu(norm)
@@ -361,7 +278,7 @@ def _check_index(index: Tensor, parameter: Tensor, name: str) -> None:
         )
 
 
-def _groups(layer: _Layer) -> int:
+def _groups(layer: EditableLayer) -> int:
     return 1 if isinstance(layer, nn.Linear) else layer.groups
 
 
@@ -369,7 +286,7 @@ def _split_rows(tensor: Tensor, groups: int) -> Tensor:
     return torch.unflatten(tensor, 0, (groups, -1))
 
 
-def _by_group(columns: Tensor, layer: _Layer) -> _Index:
+def _by_group(columns: Tensor, layer: EditableLayer) -> _Index:
     """Where a layer's inputs are in its weight after :func:`_split_rows`."""
     width = layer.weight.shape[1]
     return columns // width, slice(None), columns % width

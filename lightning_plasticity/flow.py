@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
-from lightning_plasticity.probing import is_norm, tensors_in, undisturbed
+from lightning_plasticity.channels import is_norm, tensors_in
+from lightning_plasticity.probing import undisturbed
 
 INPUT = ""  # what the network's own inputs carry
 

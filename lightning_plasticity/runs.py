@@ -12,18 +12,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_plasticity.probing import (
-    LAYER_CALLS,
-    Layer,
-    Network,
-    Site,
-    StopRun,
-    Watch,
-    clean,
-    nan_channels,
-    norm_dims,
-    tensors_in,
-)
+from lightning_plasticity.channels import Layer, Site, clean, nan_channels, norm_dims, tensors_in
+from lightning_plasticity.probing import LAYER_CALLS, Network, StopRun, Watch
 
 
 class Survey(Watch):

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_plasticity.probing import Layer, Network, Site, tensors_in
+from lightning_plasticity.channels import Layer, Site, tensors_in
+from lightning_plasticity.probing import Network
 from lightning_plasticity.runs import FindGates, Gate, Noise, Proof, ReadCodes, Survey
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.probing import is_norm, tensors_in
+from lightning_plasticity.channels import is_norm, tensors_in
 from lightning_plasticity.units import HiddenUnits
 
 

@@ -16,7 +16,8 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from lightning_plasticity.edits import Editor, check_editable
+from lightning_plasticity.editable import check_editable
+from lightning_plasticity.edits import Editor
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, 0.1),

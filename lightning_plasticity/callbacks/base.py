@@ -22,12 +22,10 @@ from lightning_plasticity.callbacks.forward import FirstCalls, forget_compiled_c
 from lightning_plasticity.callbacks.forward import ForwardCall as ForwardCall
 from lightning_plasticity.callbacks.forward import in_backward as in_backward
 from lightning_plasticity.distributed import EqualDraws, agree_on_seed
+from lightning_plasticity.editable import is_sharded
 from lightning_plasticity.edits import Editor, OptimizerState
 from lightning_plasticity.probing import undisturbed
 from lightning_plasticity.units import original
-
-# DTensor (FSDP2, tensor parallelism), FSDP with flat and with original parameters, and DeepSpeed stage 3.
-_MARKS_OF_SHARDING = ("device_mesh", "_is_flat_param", "_fsdp_flattened", "ds_id")
 
 
 class PlasticityCallback(Callback, ABC):
@@ -277,7 +275,7 @@ class PlasticityCallback(Callback, ABC):
     def _find_scope(self, model: nn.Module) -> nn.Module:
         """Looks at a model, before anything is changed, for what cannot work."""
         for name, parameter in model.named_parameters():
-            if any(hasattr(parameter, mark) for mark in _MARKS_OF_SHARDING):
+            if is_sharded(parameter):
                 raise RuntimeError(
                     f"Plasticity methods need whole parameters on every rank, but {name!r} is sharded (FSDP, DeepSpeed "
                     "stage 3 or tensor parallelism). Use a strategy that keeps them whole, for instance strategy='ddp'."

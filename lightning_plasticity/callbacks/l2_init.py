@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_plasticity.callbacks.base import PlasticityCallback
-from lightning_plasticity.edits import OptimizerState, check_editable
+from lightning_plasticity.editable import check_editable
+from lightning_plasticity.edits import OptimizerState
 from lightning_plasticity.functional.l2_init import l2_init_update
 from lightning_plasticity.functional.weights import norm
 

@@ -11,10 +11,11 @@ from typing_extensions import override
 
 from lightning_plasticity.callbacks.base import ForwardCall
 from lightning_plasticity.callbacks.schedule import Schedule, ScheduledCallback
-from lightning_plasticity.edits import OptimizerState, check_editable
+from lightning_plasticity.channels import is_norm
+from lightning_plasticity.editable import check_editable
+from lightning_plasticity.edits import OptimizerState
 from lightning_plasticity.flow import trace
 from lightning_plasticity.initial import Init, InitialDistribution
-from lightning_plasticity.probing import is_norm
 from lightning_plasticity.units import original
 
 

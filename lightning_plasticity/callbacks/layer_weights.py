@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_plasticity.edits import check_editable
+from lightning_plasticity.editable import check_editable
 
 _LAYERS = (nn.Linear, _ConvNd, nn.MultiheadAttention)
 _WEIGHTS = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")

@@ -17,13 +17,14 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_plasticity.callbacks.base import _MARKS_OF_SHARDING, ForwardCall, in_backward
+from lightning_plasticity.callbacks.base import ForwardCall, in_backward
 from lightning_plasticity.callbacks.features import FeatureReader, call_with, inputs_and_targets_of, inputs_of
 from lightning_plasticity.callbacks.forward import FirstCalls
 from lightning_plasticity.callbacks.measures import Measures, mean_and_layers, named
 from lightning_plasticity.callbacks.pictures import Record, picture, send_figure, send_numbers
 from lightning_plasticity.callbacks.schedule import Schedule
 from lightning_plasticity.distributed import sum_over_ranks
+from lightning_plasticity.editable import is_sharded
 from lightning_plasticity.metrics.base import ReferencedMetric
 from lightning_plasticity.probing import undisturbed
 from lightning_plasticity.units import original
@@ -178,7 +179,7 @@ class PlasticityMonitor(Callback):
 
     def _find_scope(self, model: nn.Module) -> nn.Module:
         for name, parameter in model.named_parameters():
-            if any(hasattr(parameter, mark) for mark in _MARKS_OF_SHARDING):
+            if is_sharded(parameter):
                 raise RuntimeError(
                     f"PlasticityMonitor needs whole parameters on every rank, but {name!r} is sharded (FSDP, DeepSpeed "
                     "stage 3 or tensor parallelism). Use a strategy that keeps them whole, for instance strategy='ddp'."

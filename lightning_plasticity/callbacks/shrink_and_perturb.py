@@ -10,7 +10,8 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_plasticity.callbacks.schedule import Schedule, ScheduledCallback
-from lightning_plasticity.edits import OptimizerState, check_editable
+from lightning_plasticity.editable import check_editable
+from lightning_plasticity.edits import OptimizerState
 from lightning_plasticity.functional.shrink_and_perturb import shrink_and_perturb
 from lightning_plasticity.initial import Init, InitialDistribution
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_plasticity.callbacks.base import ForwardCall, PlasticityCallback
+from lightning_plasticity.channels import tensors_in
 from lightning_plasticity.edits import OptimizerState
 from lightning_plasticity.flow import INPUT, CalledLayer, Flow, trace
 from lightning_plasticity.functional.soft_weight_rescaling import (
@@ -22,7 +23,6 @@ from lightning_plasticity.functional.soft_weight_rescaling import (
     log_rescaling_factor,
     log_rescaling_factors,
 )
-from lightning_plasticity.probing import tensors_in
 from lightning_plasticity.rescaling import Rescaling, change_of_outputs, plan
 
 _FEW = 100  # factors and their products; far more are better worked out together

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_plasticity.edits import check_editable
+from lightning_plasticity.editable import check_editable
 from lightning_plasticity.units import HiddenUnits, Slots
 
 

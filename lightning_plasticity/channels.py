@@ -1,0 +1,124 @@
+"""The layers of a network as probing sees them: channels, some of which are NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+TORCH_NORMS = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
+
+
+@dataclass(eq=False)
+class Layer:
+    """A linear or convolution layer: ``reason`` says why its units or columns cannot be used, None where they can."""
+
+    name: str
+    module: nn.Linear | _ConvNd
+    reason: str | None = None
+    first: int = 0  # number of its first output channel
+    passes: bool = False  # a depthwise convolution whose channels belong to the units that feed it
+
+    @property
+    def size(self) -> int:
+        """How many output channels."""
+        return self.module.weight.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """How many input channels."""
+        return self.module.in_features if isinstance(self.module, nn.Linear) else self.module.in_channels
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether each output channel sees a single input channel."""
+        return isinstance(self.module, _ConvNd) and 1 < self.module.groups == self.module.in_channels
+
+    @property
+    def channel_dim(self) -> int:
+        """The channel dimension of inputs and outputs, counted from the end (inputs may come without a batch)."""
+        return -1 if isinstance(self.module, nn.Linear) else -1 - len(self.module.kernel_size)
+
+    @property
+    def numbers(self) -> Tensor:
+        """The numbers of its output channels."""
+        return torch.arange(self.first, self.first + self.size)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where channels are read: ``role`` is column, depthwise, norm, activation, gate or value."""
+
+    role: str
+    name: str
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All floating-point tensors in a nested structure."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() or value.is_complex():
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from tensors_in(getattr(value, field.name))
+
+
+def nan_channels(x: Tensor, dim: int) -> Tensor:
+    """For each index of ``dim`` whether a NaN is anywhere in it."""
+    nans = x.isnan()
+    others = [d for d in range(x.ndim) if d != dim % x.ndim]
+    return nans.any(dim=others) if others else nans
+
+
+def clean(x: Tensor) -> Tensor:
+    """Zeros in place of NaN."""
+    return torch.where(x.isnan(), torch.zeros((), dtype=x.dtype, device=x.device), x)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Applies ``function`` to the floating-point tensors in nested arguments."""
+    if isinstance(value, Tensor):
+        return function(value) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: map_tensors(function, item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map_tensors(function, item) for item in value)
+    return value
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Torch's normalisation layers, and modules that call themselves one and hold no other layer with parameters."""
+    named_so = "norm" in type(module).__name__.lower()
+    alone = all(next(child.parameters(), None) is None for child in module.children())
+    return isinstance(module, TORCH_NORMS) or (named_so and alone)
+
+
+def norm_dims(module: nn.Module, x: Tensor) -> int | None:
+    """The dimension of ``x`` that runs over the entries of a normalisation layer, None where it has none.
+
+    Negative dimensions; for a layer norm over several dimensions, which has an entry for each of their positions, -1.
+    """
+    entries = getattr(module, "weight", None)
+    entries = entries if isinstance(entries, Tensor) else getattr(module, "running_mean", None)
+    if not isinstance(entries, Tensor) or not callable(getattr(module, "reset_parameters", None)):
+        return None  # no entries, or no way to tell what they would be in a fresh module
+    if isinstance(module, (_BatchNorm, _InstanceNorm, nn.GroupNorm)):
+        return 1 - x.ndim
+    if entries.ndim > 1:
+        return -1 if x.shape[-entries.ndim :] == entries.shape else None
+    channels_second = x.ndim > 2 and x.shape[1] == entries.numel()
+    if x.shape[-1] == entries.numel() and not (channels_second and "2d" in type(module).__name__.lower()):
+        return -1
+    return 1 - x.ndim if channels_second else None

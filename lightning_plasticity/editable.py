@@ -1,0 +1,105 @@
+"""What can be edited: parameters that are whole, floating-point and not computed from others."""
+
+from typing import TypeAlias
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+EditableLayer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+EDITABLE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# DTensor (FSDP2, tensor parallelism), FSDP with flat and with original parameters, and DeepSpeed stage 3.
+_MARKS_OF_SHARDING = ("device_mesh", "_is_flat_param", "_fsdp_flattened", "ds_id")
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether each rank holds only a part of a parameter."""
+    return any(hasattr(parameter, mark) for mark in _MARKS_OF_SHARDING)
+
+
+def check_editable(target: nn.Module | nn.Parameter, name: str) -> None:
+    """Raise if an :class:`.Editor` cannot write to a layer, a normalisation module or a parameter.
+
+    Args:
+        target: What is to be edited.
+        name: What to call it in the error.
+
+    Raises:
+        ValueError: If it is a module of a kind that cannot be edited.
+        RuntimeError: If its parameters are computed from others, sharded, quantised or not there yet.
+
+    Example:
+        >>> check_editable(nn.Linear(2, 3), "encoder")
+        >>> check_editable(nn.ConvTranspose2d(2, 3, 1), "decoder")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: An edit needs a Linear or Conv layer or a normalisation module, but 'decoder' is a ConvTr...
+    """
+    if isinstance(target, nn.Parameter):
+        check_parameter(target, name)
+    elif isinstance(target, EDITABLE_LAYERS):
+        check_layer(target, name)
+    else:
+        check_norm(target, name)
+
+
+def check_parameter(parameter: Tensor, name: str) -> None:
+    """Raise if a parameter cannot be written to."""
+    if nn.parameter.is_lazy(parameter):
+        raise RuntimeError(f"An edit needs initialised parameters, but {name} has no shape yet. Run one batch first.")
+    if is_sharded(parameter):
+        raise RuntimeError(
+            f"An edit needs whole parameters, but {name} is sharded over ranks. "
+            "Use a strategy that keeps a copy on every rank, such as DDP, or exclude it."
+        )
+    if not parameter.is_floating_point():
+        raise RuntimeError(f"An edit needs floating-point parameters, but {name} is {parameter.dtype}. Exclude it.")
+
+
+def check_layer(layer: EditableLayer, name: str) -> None:
+    """Raise if the rows and columns of a layer cannot be written to."""
+    for kind in ("weight", "bias"):
+        if getattr(layer, kind) is not None and kind not in layer._parameters:
+            raise RuntimeError(
+                f"An edit needs {name}.{kind} to be a parameter, but it is computed from other tensors (by a "
+                "parametrization, weight_norm, spectral_norm, pruning or sharding), so that what is written would be "
+                "lost. Remove that, as with torch.nn.utils.parametrize.remove_parametrizations, or exclude the module."
+            )
+    for kind, parameter in layer.named_parameters(recurse=False):
+        check_parameter(parameter, f"{name}.{kind}")
+    dimensions = 2 if isinstance(layer, nn.Linear) else 2 + len(layer.kernel_size)
+    if layer.weight.dim() != dimensions:
+        raise RuntimeError(
+            f"An edit needs {name}.weight to have {dimensions} dimensions, but its shape is "
+            f"{tuple(layer.weight.shape)}: it was flattened, perhaps to be sharded. "
+            "Use a strategy that keeps parameters whole, such as DDP, or exclude the module."
+        )
+
+
+def check_norm(module: nn.Module, name: str) -> None:
+    """Raise if the entries of a normalisation module cannot be reset."""
+    kind, has_reset = type(module).__name__, callable(getattr(module, "reset_parameters", None))
+    if isinstance(module, _TRANSPOSED):
+        raise ValueError(
+            f"An edit needs a Linear or Conv layer or a normalisation module, but {name!r} is a {kind}, "
+            "whose weight has its outputs in the second dimension. Exclude it."
+        )
+    if is_parametrized(module):
+        raise RuntimeError(
+            f"An edit needs a module with parameters of its own, but {name!r} is parametrized, so that what is written "
+            "would be lost. Remove that with torch.nn.utils.parametrize.remove_parametrizations, or exclude the module."
+        )
+    for tensor_name, parameter in module.named_parameters(recurse=False):
+        check_parameter(parameter, f"{name}.{tensor_name}")
+    if own_entries(module) and not has_reset:
+        raise ValueError(
+            f"Resetting a normalisation module needs its reset_parameters(), but {name!r}, a {kind}, has none. "
+            "Add one that sets the initial values, or exclude the module."
+        )
+
+
+def own_entries(norm: nn.Module) -> dict[str, Tensor]:
+    """The module's own tensors with a number for each entry: not its counters and shared scalars."""
+    own = [*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)]
+    whole = {name: tensor for name, tensor in own if tensor.dim() > 0}
+    size = max((tensor.numel() for tensor in whole.values()), default=0)
+    return {name: tensor for name, tensor in whole.items() if tensor.numel() == size}
