@@ -61,7 +61,7 @@ def test_automatic_strategies(activation, strategy):
 
 def test_published_strategies():
     assert ActivationStrategy(1e-4, 1e-5, -0.5, 0.5) == RELU
-    assert ActivationStrategy(1e-5, 1e-6, 0.5, 0.2) == TANH
+    assert ActivationStrategy(1e-6, 1e-5, 0.5, 0.2) == TANH
 
 
 def test_outgoing_weights_stay_and_state_is_cleared():
