@@ -260,21 +260,23 @@ def draw(results: Results, examples: int, picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(10, 3.8), sharey=True, layout="constrained")
+    complete = [name for name in ARMS if results.seeds(name, examples)]
+    optimizers = dict.fromkeys(name.split(",")[0] for name in complete)
+    if not optimizers:
+        return
+    size = (2 + 2.7 * len(optimizers), 3.8)
+    figure, axes = pyplot.subplots(1, len(optimizers), figsize=size, sharey=True, squeeze=False, layout="constrained")
     seen = np.arange(BLOCK, examples + 1, BLOCK) / 1e6
-    for axis, optimizer in zip(axes, dict.fromkeys(name.split(",")[0] for name in ARMS), strict=True):
+    for axis, optimizer in zip(axes[0], optimizers, strict=True):
         axis.set(title=optimizer, xlabel="examples, millions")
-        for name in (name for name in ARMS if name.split(",")[0] == optimizer):
+        for name in (name for name in complete if name.split(",")[0] == optimizer):
             error = results.curves(name, examples, "squared_error")
-            if not len(error):
-                continue
             mean, std, arm = error.mean(0), error.std(0, ddof=min(1, len(error) - 1)), ARMS[name]
             label = "plain" if arm.method is None else "ContinualBackprop"
             axis.plot(seen, mean, color=arm.colour, linestyle=arm.style, label=f"{label}, {len(error)} seeds")
             axis.fill_between(seen, mean - std, mean + std, color=arm.colour, alpha=0.2, linewidth=0)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False)
-    axes[0].set_ylabel("mean squared error")
+        axis.legend(frameon=False)
+    axes[0, 0].set_ylabel("mean squared error")
     figure.savefig(picture, dpi=110)
     pyplot.close(figure)
 
