@@ -43,6 +43,7 @@ CASES = [
         rate_zero=partial(ActivationReset, ActivationStrategy(0.0, 0.0, -0.5, 0.5), max_weight=None),
     ),
     Case("ReDo", partial(ReDo, 0.5, 3), rate_zero=partial(ReDo, 0.025, 10_000)),
+    Case("ReDo over steps", partial(ReDo, 0.5, 3, score_steps=2), rate_zero=partial(ReDo, 0.025, 10_000)),
     Case(
         "SoftWeightRescaling",
         partial(SoftWeightRescaling, coefficient=0.1, classifier_coefficient=0.5),

@@ -69,7 +69,8 @@ ARMS = {
     "SoftWeightRescaling": Arm(lambda seed: SoftWeightRescaling(1e-3, seed=seed)),
     "L2": Arm(weight_decay=1e-3, published=(("relu", "86.23 ± 0.4"), ("tanh", "86.45 ± 0.37"))),
     "L2Init": Arm(lambda seed: L2Init(1e-3, seed=seed)),
-    "ReDo": Arm(lambda seed: ReDo(seed=seed)),
+    "ReDo": Arm(lambda seed: ReDo(seed=seed)),  # a unit is judged by one image
+    "ReDo, score_steps=100": Arm(lambda seed: ReDo(score_steps=100, seed=seed)),
     "ShrinkAndPerturb": Arm(lambda seed: ShrinkAndPerturb(0.6, 0.4, every_n_train_steps=TASK, seed=seed)),
     "LayerNorm, L2": Arm(weight_decay=1e-3, layer_norm=True),
 }

@@ -22,16 +22,18 @@ from lightning_plasticity.units import HiddenUnits
 class ReDo(PlasticityCallback):
     r"""ReDo: every so many steps, replaces all dormant units.
 
-    A unit is dormant if its mean size of activation, over the examples of one step and relative to the mean of its
-    layer, is at most ``threshold``: :math:`s_i = \overline{|h_i|} / \overline{\overline{|h|}} \le \tau`. A replaced
-    unit gets incoming weights from their initial distribution, a bias of 0 and outgoing weights of 0. Where a whole
-    layer is silent, all of it is dormant.
+    A unit is dormant if its mean size of activation, over the examples of the last steps and relative to the mean of
+    its layer, is at most ``threshold``: :math:`s_i = \overline{|h_i|} / \overline{\overline{|h|}} \le \tau`. A
+    replaced unit gets incoming weights from their initial distribution, a bias of 0 and outgoing weights of 0. Where a
+    whole layer is silent, all of it is dormant.
 
     *Dormant* is also used for other measures: of how rarely a unit is active, or of its gradient.
 
     Args:
         threshold: :math:`\tau`; 0.1 and 0.025 have been published.
         every_n_train_steps: act after every so many optimizer steps.
+        score_steps: the number of steps, the last ones before it acts, whose examples tell which units are dormant. One
+            is enough for batches of some dozens; a single example leaves many units idle that others need.
         init: where new incoming weights come from, as in ``ContinualBackprop``.
         module: the name of the module inside the model to work on; None for all of it.
         units: the sets of units, given by hand; None to find them.
@@ -64,6 +66,7 @@ class ReDo(PlasticityCallback):
         threshold: float = 0.025,
         every_n_train_steps: int = 1000,
         *,
+        score_steps: int = 1,
         init: Init = "empirical",
         module: str | None = None,
         units: Sequence[HiddenUnits] | None = None,
@@ -76,7 +79,12 @@ class ReDo(PlasticityCallback):
             raise ValueError(f"threshold must not be negative, got {threshold}.")
         if every_n_train_steps < 1:
             raise ValueError(f"every_n_train_steps must be at least 1, got {every_n_train_steps}.")
+        if not 1 <= score_steps <= every_n_train_steps:
+            raise ValueError(
+                f"score_steps must be from 1 to every_n_train_steps, which is {every_n_train_steps}, got {score_steps}."
+            )
         self.threshold = threshold
+        self.score_steps = score_steps
         self.every_n_train_steps = every_n_train_steps
         self.init = init
         self.replaced = 0
@@ -95,8 +103,15 @@ class ReDo(PlasticityCallback):
         self._listen()
 
     def _listen(self) -> None:
-        """Only the forward passes of the step that decides need to be read."""
-        self._population.activations.listening = any((done + 1) % self.every_n_train_steps == 0 for done in self._steps)
+        """Only the forward passes of the steps whose examples decide need to be read."""
+        self._population.activations.listening = any(self._decides(done + 1) for done in self._steps)
+
+    def _decides(self, step: int) -> bool:
+        """Whether the examples of this step of a set tell which of its units are dormant."""
+        return -step % self.every_n_train_steps < self.score_steps
+
+    def _is_due(self, i: int) -> bool:
+        return self._steps[i] % self.every_n_train_steps == 0
 
     @override
     def _stop(self) -> None:
@@ -108,23 +123,22 @@ class ReDo(PlasticityCallback):
         trained = population.trained_by(optimizer)
         for i in trained:
             self._steps[i] += 1
-        due = [i for i in trained if self._steps[i] % self.every_n_train_steps == 0]
-        heard = population.heard(trained)
-        if heard:
-            sizes = population.mean_over_consumers(population.take_means(heard)[1], heard)
-            due = [i for i in due if i in heard]
-            if due:
-                self._replace_dormant(sizes, heard, due)
+        # What others heard goes on adding up until their turn comes.
+        taken = [i for i in population.heard(trained) if self._is_due(i) or not self._decides(self._steps[i])]
+        if taken:
+            sizes = population.mean_over_consumers(population.take_means(taken)[1], taken)
+            if any(self._is_due(i) for i in taken):
+                self._replace_dormant(sizes, taken)
         self._listen()
 
-    def _replace_dormant(self, sizes: Tensor, heard: Sequence[int], due: Sequence[int]) -> None:
+    def _replace_dormant(self, sizes: Tensor, sets: Sequence[int]) -> None:
         (total,) = sum_over_ranks([sizes])
-        mean_sizes = torch.split(total / world_size(), [self._population.sets[i].units.size for i in heard])
+        mean_sizes = torch.split(total / world_size(), [self._population.sets[i].units.size for i in sets])
         chosen = {}
-        for i, mean_size in zip(heard, mean_sizes, strict=True):
+        for i, mean_size in zip(sets, mean_sizes, strict=True):
             # how many are dormant is only known on the device: this step waits for it
             dormant = (dormancy_scores(mean_size) <= self.threshold).nonzero().squeeze(1)
-            if i in due and len(dormant):
+            if self._is_due(i) and len(dormant):
                 chosen[i] = dormant
                 self.replaced += len(dormant)
         self._population.replace(chosen, self._initial, compensate={})

@@ -8,16 +8,17 @@ from lightning_plasticity.callbacks.redo import ReDo
 from lightning_plasticity.functional.redo import dormancy_scores
 
 
+@pytest.mark.parametrize("score_steps", [1, 3, 10])
 @pytest.mark.parametrize("build", [mlp, convolutional])
-def test_same_units_at_the_same_steps_as_the_slow_reference(build):
+def test_same_units_at_the_same_steps_as_the_slow_reference(build, score_steps):
     model, twin = build(), build()
     if build is convolutional:  # the reference leaves norms alone
         model[1], twin[1] = torch.nn.Identity(), torch.nn.Identity()
-    method = ReDo(0.4, every_n_train_steps=10, init=ramp)
+    method = ReDo(0.4, every_n_train_steps=10, init=ramp, score_steps=score_steps)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     method.attach(model, optimizer, example_inputs=(torch.zeros(1, *INPUT[build], dtype=torch.float64),))
     choices = record_choices(method)
-    reference = ReferenceReDo(twin, threshold=0.4, every=10, new_weights=ramp)
+    reference = ReferenceReDo(twin, threshold=0.4, every=10, new_weights=ramp, score_steps=score_steps)
     train(model, optimizer, method.step, INPUT[build], 1000)
     train(twin, torch.optim.SGD(twin.parameters(), lr=0.1), reference.step, INPUT[build], 1000)
     expected = [{i: tuple(units) for i, units in enumerate(chosen) if units} for chosen in reference.history]
@@ -42,18 +43,32 @@ def test_a_silent_layer_is_all_dormant_and_divides_nothing_by_zero():
     assert dormancy_scores(torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
 
 
-def test_only_the_step_that_decides_is_read():
+@pytest.mark.parametrize(
+    ("score_steps", "expected"),
+    [
+        (1, [False, False, True, False, False, False, True, False]),
+        (3, [True, True, True, False, True, True, True, False]),
+    ],
+)
+def test_only_the_steps_that_decide_are_read(score_steps, expected):
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    method = ReDo(0.0, 4).attach(model, optimizer, example_inputs=(torch.zeros(1, 6).double(),))
+    method = ReDo(0.0, 4, score_steps=score_steps)
+    method.attach(model, optimizer, example_inputs=(torch.zeros(1, 6).double(),))
     listening = []
     activations = method._population.activations
     train(model, optimizer, method.step, INPUT[mlp], 8, lambda _: listening.append(activations.listening))
-    assert listening == [False, False, True, False, False, False, True, False]
+    assert listening == expected
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [({"threshold": -0.1}, "threshold"), ({"every_n_train_steps": 0}, "every_n_train_steps")]
+    ("arguments", "message"),
+    [
+        ({"threshold": -0.1}, "threshold"),
+        ({"every_n_train_steps": 0}, "every_n_train_steps"),
+        ({"score_steps": 0}, "score_steps"),
+        ({"score_steps": 1001}, "score_steps"),
+    ],
 )
 def test_bad_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -171,19 +171,20 @@ class ReferenceActivationReset(Reference):
 
 
 class ReferenceReDo(Reference):
-    def __init__(self, model, *, threshold, every, new_weights):
+    def __init__(self, model, *, threshold, every, new_weights, score_steps=1):
         super().__init__(model)
         self.threshold, self.every, self.new_weights, self.steps = threshold, every, new_weights, 0
-        self.history = []
+        self.score_steps, self.heard, self.history = score_steps, [], []
 
     @torch.no_grad()
     def step(self):
         self.steps += 1
-        activations = [self.activations(layer) for layer in self.layers]
+        self.heard.append([self.activations(layer) for layer in self.layers])
         if self.steps % self.every:
             return
         chosen = []
-        for layer, h in zip(self.layers, activations, strict=True):
+        for k, layer in enumerate(self.layers):
+            h = np.concatenate([step[k] for step in self.heard[-self.score_steps :]])
             sizes = [np.mean([np.abs(h[:, k]).mean() for k in columns]) for columns in layer.columns]
             mean = np.mean(sizes)
             chosen.append([i for i, size in enumerate(sizes) if mean == 0 or size / mean <= self.threshold])
