@@ -112,6 +112,17 @@ def test_what_the_readme_says_of_permuted_mnist_is_what_was_measured():
         assert cells[4] == measured("relu", name, "effective_rank", 1)[0]
 
 
+def test_what_the_readme_says_of_the_regression_is_what_was_measured():
+    rows = read("slowly_changing_regression.csv")
+    for arm, change in (("SGD", "rises"), ("SGD, ContinualBackprop", "falls")):
+        errors = {}
+        for ends in ((50_000, 100_000), (950_000, 1_000_000)):
+            ours = [float(r["squared_error"]) for r in rows if r["arm"] == arm and int(r["examples"]) in ends]
+            assert len(ours) == 5 * len(ends)
+            errors[ends[-1]] = f"{mean(ours):.2f}"
+        assert f"{change} from {errors[100_000]} to {errors[1_000_000]}" in README.replace("\n", " ")
+
+
 def test_what_the_readme_says_of_fine_tuning_is_what_was_measured():
     models = {"MobileNetV2": "mobilenetv2_100", "ViT-tiny": "vit_tiny_patch16_224"}
     data_sets = {"textures": "dtd10", "brain MRI": "brain_tumor_mri"}
