@@ -66,6 +66,10 @@ ARMS = {
     "ActivationReset tanh, rates 1e-6, 1e-5": Arm(
         lambda seed: ActivationReset(ActivationStrategy(1e-6, 1e-5, 0.5, 0.2), seed=seed)
     ),
+    # The strategy for tanh where a ReLU follows and that for ReLU where tanh follows, in the mixed network.
+    "ActivationReset opposite": Arm(
+        lambda seed: ActivationReset({"0": "tanh", "2": "tanh", "4": "relu", "6": "relu", "8": "tanh"}, seed=seed)
+    ),
     "SoftWeightRescaling": Arm(lambda seed: SoftWeightRescaling(1e-3, seed=seed)),
     "L2": Arm(weight_decay=1e-3, published=(("relu", "86.23 ± 0.4"), ("tanh", "86.45 ± 0.37"))),
     "L2Init": Arm(lambda seed: L2Init(1e-3, seed=seed)),
@@ -74,8 +78,9 @@ ARMS = {
     "ShrinkAndPerturb": Arm(lambda seed: ShrinkAndPerturb(0.6, 0.4, every_n_train_steps=TASK, seed=seed)),
     "LayerNorm, L2": Arm(weight_decay=1e-3, layer_norm=True),
 }
-# `auto` takes the ReLU strategy for ReLU and that for tanh for tanh: it differs from both in the mixed network only.
-SKIPPED = {("relu", "ActivationReset auto"), ("tanh", "ActivationReset auto")}
+# `auto` takes the ReLU strategy for ReLU and that for tanh for tanh, so that it and its opposite are arms of their own
+# in the mixed network only.
+SKIPPED = {(network, f"ActivationReset {arm}") for network in ("relu", "tanh") for arm in ("auto", "opposite")}
 KEY = ("network", "arm", "seed", "task")
 MEASURES = ("accuracy", "effective_rank", "dead_units", "weight_magnitude")
 
@@ -266,6 +271,7 @@ STYLES: dict[str, tuple[str, Any]] = {
     "ActivationReset relu": ("#D55E00", (0, (3, 1))),
     "ActivationReset tanh, rates 1e-5, 1e-6": ("#D55E00", ":"),
     "ActivationReset tanh, rates 1e-6, 1e-5": ("#56B4E9", "-"),
+    "ActivationReset opposite": ("#999999", "-"),
     "SoftWeightRescaling": ("#009E73", "-."),
     "L2": ("#E69F00", (0, (1, 1))),
     "LayerNorm, L2": ("#CC79A7", (0, (4, 2, 1, 2))),
