@@ -81,7 +81,8 @@ class Classifier(LightningModule):
 def make_model(args: argparse.Namespace, classes: int) -> nn.Module:
     """The pretrained model with a new head, for the image size asked for."""
     options = dict(option.split("=", 1) for option in args.model_option)
-    overlay = {"file": str(args.weights)} if args.weights else {}
+    # Older versions of timm take a local file for a NumPy archive where that is what is downloaded.
+    overlay = {"file": str(args.weights), "custom_load": args.weights.suffix == ".npz"} if args.weights else {}
     if timm.models.get_pretrained_cfg(args.model).fixed_input_size:  # its positions are resized
         options["img_size"] = args.image_size
     return timm.create_model(

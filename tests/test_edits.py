@@ -663,6 +663,7 @@ def test_what_can_be_edited_is_not_refused() -> None:
         check_editable(parameter, name)
 
 
+@pytest.mark.filterwarnings("ignore:DTensor random operators")  # torch 2.6 says so of CPUs
 def test_a_dtensor_is_refused() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
