@@ -267,7 +267,7 @@ def report(results: Results, tasks: int) -> str:
 STYLES: dict[str, tuple[str, Any]] = {
     "plain": ("#000000", "-"),
     "ContinualBackprop": ("#0072B2", (0, (6, 1))),
-    "ActivationReset auto": ("#D55E00", (0, (4, 1, 1, 1, 1, 1))),
+    "ActivationReset auto": ("#D55E00", "-"),
     "ActivationReset relu": ("#D55E00", (0, (3, 1))),
     "ActivationReset tanh, rates 1e-5, 1e-6": ("#D55E00", ":"),
     "ActivationReset tanh, rates 1e-6, 1e-5": ("#56B4E9", "-"),
@@ -308,7 +308,7 @@ def draw_curves(results: Results, network: str, tasks: int, picture: Path) -> No
                 y = scale * smooth(np.mean(curves, axis=0))
                 [handles[arm]] = axis.plot(np.arange(3, 3 + len(y)), y, color=colour, linestyle=style)
     figure.suptitle(f"Online permuted MNIST, {len(NETWORKS[network])} layers: {', '.join(NETWORKS[network])}")
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, handlelength=3.5)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, handlelength=3.5)
     figure.savefig(picture, dpi=110)
     pyplot.close(figure)
 
