@@ -17,6 +17,16 @@ def is_sharded(parameter: Tensor) -> bool:
     return any(hasattr(parameter, mark) for mark in _MARKS_OF_SHARDING)
 
 
+def check_whole(model: nn.Module, needs: str) -> None:
+    """Raise if parameters of a model are sharded; ``needs`` begins the error: who needs them whole."""
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise RuntimeError(
+                f"{needs} whole parameters on every rank, but {name!r} is sharded (FSDP, DeepSpeed "
+                "stage 3 or tensor parallelism). Use a strategy that keeps them whole, for instance strategy='ddp'."
+            )
+
+
 def check_editable(target: nn.Module | nn.Parameter, name: str) -> None:
     """Raise if an :class:`.Editor` cannot write to a layer, a normalisation module or a parameter.
 

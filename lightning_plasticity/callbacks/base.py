@@ -7,7 +7,7 @@ import warnings
 import weakref
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from lightning_plasticity.callbacks.forward import FirstCalls, forget_compiled_c
 from lightning_plasticity.callbacks.forward import ForwardCall as ForwardCall
 from lightning_plasticity.callbacks.forward import in_backward as in_backward
 from lightning_plasticity.distributed import EqualDraws, agree_on_seed
-from lightning_plasticity.editable import is_sharded
+from lightning_plasticity.editable import check_whole
 from lightning_plasticity.edits import Editor, OptimizerState
 from lightning_plasticity.probing import undisturbed
 from lightning_plasticity.units import original
@@ -274,12 +274,7 @@ class PlasticityCallback(Callback, ABC):
 
     def _find_scope(self, model: nn.Module) -> nn.Module:
         """Looks at a model, before anything is changed, for what cannot work."""
-        for name, parameter in model.named_parameters():
-            if is_sharded(parameter):
-                raise RuntimeError(
-                    f"Plasticity methods need whole parameters on every rank, but {name!r} is sharded (FSDP, DeepSpeed "
-                    "stage 3 or tensor parallelism). Use a strategy that keeps them whole, for instance strategy='ddp'."
-                )
+        check_whole(model, "Plasticity methods need")
         if self.module is None:
             return model
         try:
@@ -390,13 +385,14 @@ class PlasticityCallback(Callback, ABC):
             return
         if pl_module.automatic_optimization and trainer.fit_loop._should_accumulate():
             return
-        numbers = {f"plasticity/{self._log_name}/{key}": float(value) for key, value in self._numbers().items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        self._log(trainer, self._numbers(), trainer.fit_loop.epoch_loop._batches_that_stepped)
 
-    @property
-    def _log_name(self) -> str:
-        return type(self).__name__ if self.module is None else f"{type(self).__name__}/{self.module}"
+    def _log(self, trainer: Trainer, numbers: Mapping[str, Tensor | float], step: int) -> None:
+        """Sends numbers to all loggers, under the names of the method and of its part of the model."""
+        part = "" if self.module is None else f"/{self.module}"
+        named = {f"plasticity/{type(self).__name__}{part}/{key}": float(value) for key, value in numbers.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(named, step=step)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

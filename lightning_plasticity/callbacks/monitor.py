@@ -24,7 +24,7 @@ from lightning_plasticity.callbacks.measures import Measures, mean_and_layers, n
 from lightning_plasticity.callbacks.pictures import Record, picture, send_figure, send_numbers
 from lightning_plasticity.callbacks.schedule import Schedule
 from lightning_plasticity.distributed import sum_over_ranks
-from lightning_plasticity.editable import is_sharded
+from lightning_plasticity.editable import check_whole
 from lightning_plasticity.metrics.base import ReferencedMetric
 from lightning_plasticity.probing import undisturbed
 from lightning_plasticity.units import original
@@ -178,12 +178,7 @@ class PlasticityMonitor(Callback):
         self._scope = self._reader = self._first_calls = self._probe = self._batch = None
 
     def _find_scope(self, model: nn.Module) -> nn.Module:
-        for name, parameter in model.named_parameters():
-            if is_sharded(parameter):
-                raise RuntimeError(
-                    f"PlasticityMonitor needs whole parameters on every rank, but {name!r} is sharded (FSDP, DeepSpeed "
-                    "stage 3 or tensor parallelism). Use a strategy that keeps them whole, for instance strategy='ddp'."
-                )
+        check_whole(model, "PlasticityMonitor needs")
         modules: dict[str, nn.Module] = dict(model.named_modules())
         if (self.module or "") not in modules:
             raise ValueError(

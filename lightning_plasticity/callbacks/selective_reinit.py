@@ -222,9 +222,7 @@ class SelectiveReinit(ScheduledCallback):
         self._zero_biases()
         self._applied, self._applied_to = True, weakref.ref(self.model)
         if self._trainer is not None:
-            numbers = {f"plasticity/{self._log_name}/{key}": float(value) for key, value in self._shares().items()}
-            for logger in self._trainer.loggers:
-                logger.log_metrics(numbers, step=self._trainer.global_step)
+            self._log(self._trainer, self._shares(), self._trainer.global_step)
 
     @override
     def _after_step(self, optimizer: Optimizer | None) -> None:
