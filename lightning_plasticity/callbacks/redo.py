@@ -33,7 +33,7 @@ class ReDo(PlasticityCallback):
         threshold: :math:`\tau`; 0.1 and 0.025 have been published.
         every_n_train_steps: act after every so many optimizer steps.
         score_steps: the number of steps, the last ones before it acts, whose examples tell which units are dormant. One
-            is enough for batches of some dozens; a single example leaves many units idle that others need.
+            is enough for batches of some dozens; on a single example many ReLU units are idle that others need.
         init: where new incoming weights come from, as in ``ContinualBackprop``.
         module: the name of the module inside the model to work on; None for all of it.
         units: the sets of units, given by hand; None to find them.
