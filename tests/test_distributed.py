@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from lightning_plasticity.distributed import EqualDraws, agree_on_seed, sum_over_ranks, world_size
-from lightning_plasticity.edits import Editor
+from lightning_plasticity.editing.edits import Editor
 
 
 def on_each_rank(rank: int, folder: str, function: Callable[[int], Any]) -> None:

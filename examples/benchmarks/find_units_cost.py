@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from lightning_plasticity.units import explore
+from lightning_plasticity.units.find import explore
 
 MODELS = [("resnet50", 64), ("vit_base_patch16_224", 224), ("efficientnet_b0", 224), ("convnext_tiny", 224)]
 

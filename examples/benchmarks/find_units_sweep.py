@@ -23,10 +23,10 @@ import torchvision
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_plasticity.units import explore
+from lightning_plasticity.units.find import explore
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-from property_check import invalid
+from units.property_check import invalid
 
 HERE = Path(__file__).parent
 FIELDS = [

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lightning_plasticity.callbacks.base import PlasticityCallback
+from lightning_plasticity.engine.base import PlasticityCallback
 
 STEPS, ROUNDS = 100, 60
 Extra = Callable[[], None]

@@ -29,7 +29,7 @@ from lightning_plasticity import (
     ShrinkAndPerturb,
     SoftWeightRescaling,
 )
-from lightning_plasticity.callbacks.base import PlasticityCallback
+from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.functional import dead_units, effective_rank, gradient_covariance, weight_magnitude
 
 TASK = 10_000  # images of a task, and so optimizer steps

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_plasticity import ContinualBackprop
-from lightning_plasticity.callbacks.base import PlasticityCallback
+from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.functional import dead_units, effective_rank, weight_magnitude
 
 INPUTS, FLIPPING = 20, 15  # bits, and those of them that stay until they flip

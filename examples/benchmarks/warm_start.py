@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_plasticity import L2Init, LayerReset, ShrinkAndPerturb, SoftWeightRescaling
-from lightning_plasticity.callbacks.base import PlasticityCallback
+from lightning_plasticity.engine.base import PlasticityCallback
 
 IMAGES = 4000  # to train on; half of them come first
 POOL, VALIDATION = 8000, 2000  # training images of which each seed draws its own, and those that coefficients meet

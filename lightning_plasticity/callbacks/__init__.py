@@ -1,4 +1,4 @@
-"""Lightning callbacks, one file per method."""
+"""What a user adds to a Trainer: a callback for each method, and the monitor."""
 
 from lightning_plasticity.callbacks.activation_reset import ActivationReset
 from lightning_plasticity.callbacks.continual_backprop import ContinualBackprop

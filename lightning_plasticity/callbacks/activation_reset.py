@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_plasticity.callbacks.base import ForwardCall, PlasticityCallback, whole_and_rest
-from lightning_plasticity.callbacks.maturity import Ages, Maturity
-from lightning_plasticity.callbacks.population import Population, average_in
-from lightning_plasticity.callbacks.unit_sets import UnitSet
 from lightning_plasticity.distributed import gather_over_ranks, share_of_this_rank, sum_over_ranks, world_size
-from lightning_plasticity.edits import OptimizerState
+from lightning_plasticity.editing.edits import OptimizerState
+from lightning_plasticity.engine.base import ForwardCall, PlasticityCallback, whole_and_rest
+from lightning_plasticity.engine.maturity import Ages, Maturity
+from lightning_plasticity.engine.population import Population, average_in
+from lightning_plasticity.engine.unit_sets import UnitSet
 from lightning_plasticity.functional.activation_reset import RELU, TANH, ActivationStrategy, strategy_for
 from lightning_plasticity.functional.continual_backprop import bias_corrected, least
-from lightning_plasticity.units import HiddenUnits
+from lightning_plasticity.units.find import HiddenUnits
 
 Strategy: TypeAlias = Literal["auto", "relu", "tanh"] | ActivationStrategy
 

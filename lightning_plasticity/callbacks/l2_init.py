@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_plasticity.callbacks.base import PlasticityCallback
-from lightning_plasticity.editable import check_editable
-from lightning_plasticity.edits import OptimizerState
+from lightning_plasticity.editing.editable import check_editable
+from lightning_plasticity.editing.edits import OptimizerState
+from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.functional.l2_init import l2_init_update
 from lightning_plasticity.functional.weights import norm
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity.callbacks.base import ForwardCall
-from lightning_plasticity.callbacks.schedule import Schedule, ScheduledCallback
-from lightning_plasticity.channels import is_norm
-from lightning_plasticity.editable import check_editable
-from lightning_plasticity.edits import OptimizerState
-from lightning_plasticity.flow import trace
-from lightning_plasticity.initial import Init, InitialDistribution
-from lightning_plasticity.units import original
+from lightning_plasticity.editing.editable import check_editable
+from lightning_plasticity.editing.edits import OptimizerState
+from lightning_plasticity.editing.initial import Init, InitialDistribution
+from lightning_plasticity.engine.base import ForwardCall
+from lightning_plasticity.engine.schedule import Schedule, ScheduledCallback
+from lightning_plasticity.layers.flow import trace
+from lightning_plasticity.units.channels import is_norm
+from lightning_plasticity.units.find import original
 
 
 class LayerReset(ScheduledCallback):
@@ -33,7 +33,7 @@ class LayerReset(ScheduledCallback):
             layers by name.
         init: where new values come from: ``"empirical"``, a normal distribution with the mean and standard deviation
             that each parameter had when the method was first attached, or another of
-            :class:`~lightning_plasticity.initial.InitialDistribution`.
+            :class:`~lightning_plasticity.editing.initial.InitialDistribution`.
         module: the name of the module in which ``layers`` are counted; None for the whole model. Names in ``layers``
             are complete all the same.
         optimizer_state: ``"reset"`` clears the optimizer's state of what is written, ``"keep"`` leaves it.

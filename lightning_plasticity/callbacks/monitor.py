@@ -17,17 +17,17 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_plasticity.callbacks.base import ForwardCall, in_backward
-from lightning_plasticity.callbacks.features import FeatureReader, call_with, inputs_and_targets_of, inputs_of
-from lightning_plasticity.callbacks.forward import FirstCalls
-from lightning_plasticity.callbacks.measures import Measures, mean_and_layers, named
-from lightning_plasticity.callbacks.pictures import Record, picture, send_figure, send_numbers
-from lightning_plasticity.callbacks.schedule import Schedule
 from lightning_plasticity.distributed import sum_over_ranks
-from lightning_plasticity.editable import check_whole
+from lightning_plasticity.editing.editable import check_whole
+from lightning_plasticity.engine.base import ForwardCall, in_backward
+from lightning_plasticity.engine.forward import FirstCalls
+from lightning_plasticity.engine.schedule import Schedule
 from lightning_plasticity.metrics.base import ReferencedMetric
-from lightning_plasticity.probing import undisturbed
-from lightning_plasticity.units import original
+from lightning_plasticity.monitoring.features import FeatureReader, call_with, inputs_and_targets_of, inputs_of
+from lightning_plasticity.monitoring.measures import Measures, mean_and_layers, named
+from lightning_plasticity.monitoring.pictures import Record, picture, send_figure, send_numbers
+from lightning_plasticity.units.find import original
+from lightning_plasticity.units.probing import undisturbed
 
 
 class PlasticityMonitor(Callback):

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_plasticity.callbacks.base import ForwardCall, PlasticityCallback
-from lightning_plasticity.callbacks.population import Population
 from lightning_plasticity.distributed import sum_over_ranks, world_size
-from lightning_plasticity.edits import OptimizerState
+from lightning_plasticity.editing.edits import OptimizerState
+from lightning_plasticity.editing.initial import Init
+from lightning_plasticity.engine.base import ForwardCall, PlasticityCallback
+from lightning_plasticity.engine.population import Population
 from lightning_plasticity.functional.redo import dormancy_scores
-from lightning_plasticity.initial import Init
-from lightning_plasticity.units import HiddenUnits
+from lightning_plasticity.units.find import HiddenUnits
 
 
 class ReDo(PlasticityCallback):

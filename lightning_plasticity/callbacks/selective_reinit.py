@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self, override
 
-from lightning_plasticity.callbacks.gradient_utility import GradientUtility
-from lightning_plasticity.callbacks.layer_weights import LayerPatterns, find_biases, find_weights
-from lightning_plasticity.callbacks.schedule import Schedule, ScheduledCallback
-from lightning_plasticity.edits import OptimizerState
+from lightning_plasticity.editing.edits import OptimizerState
+from lightning_plasticity.editing.initial import InitialDistribution
+from lightning_plasticity.engine.gradient_utility import GradientUtility
+from lightning_plasticity.engine.schedule import Schedule, ScheduledCallback
 from lightning_plasticity.functional.selective_reinit import (
     Case,
     Reinit,
@@ -25,7 +25,7 @@ from lightning_plasticity.functional.selective_reinit import (
     new_values,
     smallest,
 )
-from lightning_plasticity.initial import InitialDistribution
+from lightning_plasticity.layers.weights import LayerPatterns, find_biases, find_weights
 
 Utility: TypeAlias = Literal["magnitude", "gradient"]
 

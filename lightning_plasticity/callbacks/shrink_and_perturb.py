@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 from typing_extensions import override
 
-from lightning_plasticity.callbacks.schedule import Schedule, ScheduledCallback
-from lightning_plasticity.editable import check_editable
-from lightning_plasticity.edits import OptimizerState
+from lightning_plasticity.editing.editable import check_editable
+from lightning_plasticity.editing.edits import OptimizerState
+from lightning_plasticity.editing.initial import Init, InitialDistribution
+from lightning_plasticity.engine.schedule import Schedule, ScheduledCallback
 from lightning_plasticity.functional.shrink_and_perturb import shrink_and_perturb
-from lightning_plasticity.initial import Init, InitialDistribution
 
 
 class ShrinkAndPerturb(ScheduledCallback):
@@ -35,7 +35,7 @@ class ShrinkAndPerturb(ScheduledCallback):
         init: the initial distribution: ``"empirical"``, a normal one with the mean and standard deviation that each
             parameter had when the method was first attached; ``"reset_parameters"``, what the modules themselves draw,
             which is needed where the method first meets a model that is trained already; or a function, see
-            :class:`~lightning_plasticity.initial.InitialDistribution`.
+            :class:`~lightning_plasticity.editing.initial.InitialDistribution`.
         module: the name of the module inside the model to work on; None for all of it.
         exclude: patterns (as in ``fnmatch``) of names of parameters to leave alone.
         optimizer_state: ``"reset"`` clears the optimizer's state of what is written, ``"keep"`` leaves it.

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_plasticity.callbacks.base import ForwardCall, PlasticityCallback
-from lightning_plasticity.channels import tensors_in
-from lightning_plasticity.edits import OptimizerState
-from lightning_plasticity.flow import INPUT, CalledLayer, Flow, trace
+from lightning_plasticity.editing.edits import OptimizerState
+from lightning_plasticity.engine.base import ForwardCall, PlasticityCallback
 from lightning_plasticity.functional.soft_weight_rescaling import (
     joint_norms,
     log_rescaling_factor,
     log_rescaling_factors,
 )
-from lightning_plasticity.rescaling import Rescaling, change_of_outputs, plan
+from lightning_plasticity.layers.flow import INPUT, CalledLayer, Flow, trace
+from lightning_plasticity.layers.rescaling import Rescaling, change_of_outputs, plan
+from lightning_plasticity.units.channels import tensors_in
 
 _FEW = 100  # factors and their products; far more are better worked out together
 

@@ -7,8 +7,8 @@ from torch import nn
 from callbacks.streams import INPUT, convolutional, mlp, train
 from callbacks.unit_references import ReferenceContinualBackprop
 from lightning_plasticity.callbacks.continual_backprop import ContinualBackprop
-from lightning_plasticity.callbacks.maturity import Maturity
-from lightning_plasticity.units import HiddenUnits, Slots, find_units
+from lightning_plasticity.engine.maturity import Maturity
+from lightning_plasticity.units.find import HiddenUnits, Slots, find_units
 
 
 def ramp(tensor: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from engine.test_schedule import Model, fit
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from callbacks.test_schedule import Model, fit
 from lightning_plasticity import LayerReset
 
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import Case
 from torch import nn
 from torch.nn.functional import cross_entropy
+
+from contract.cases import Case
 
 from .training import (
     Batches,

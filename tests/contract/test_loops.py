@@ -6,9 +6,10 @@ import pickle
 import pytest
 import pytorch_lightning
 import torch
-from contract_cases import Case
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+
+from contract.cases import Case
 
 from .training import (
     BATCHES,

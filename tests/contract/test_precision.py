@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from contract_cases import Case
+
+from contract.cases import Case
 
 from .training import BATCHES, EPOCHS, assert_acted, assert_same, every_case, fit, weights
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from contract_cases import CASES, Case
 
-from lightning_plasticity.callbacks.base import PlasticityCallback
+from contract.cases import CASES, Case
+from lightning_plasticity.engine.base import PlasticityCallback
 
 from .test_resume import MID_EPOCH, Saves, checkpoint
 from .training import (

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import Case
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.nn.functional import cross_entropy
+
+from contract.cases import Case
 
 from .test_loops import CallsChildren, Fails
 from .training import (

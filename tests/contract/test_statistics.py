@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from contract_cases import Case
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from contract.cases import Case
 
 from .training import (
     SCENARIOS,
@@ -95,7 +96,7 @@ def test_seed_decides(case: Case) -> None:
 
 
 def test_what_cases_leave_out_exists() -> None:
-    from contract_cases import CASES
+    from contract.cases import CASES
 
     from . import test_compilers, test_loops, test_precision, test_ranks, test_resume, test_steps  # noqa: F401
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import Case
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
+
+from contract.cases import Case
 
 from .test_loops import CallsChildren
 from .training import (

@@ -9,13 +9,13 @@ import lightning.pytorch
 import pytest
 import pytorch_lightning
 import torch
-from contract_cases import CASES, Case
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
-from lightning_plasticity.callbacks.base import PlasticityCallback
+from contract.cases import CASES, Case
+from lightning_plasticity.engine.base import PlasticityCallback
 
 BATCHES, EPOCHS = 6, 3
 SCENARIOS: set[str] = set()

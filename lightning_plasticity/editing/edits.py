@@ -1,0 +1,301 @@
+"""The only code that writes to parameters, normalisation statistics and optimizer state.
+
+Every edit is made in place, under ``no_grad``, by indexing: a parameter keeps its identity, its storage and its layout.
+Nothing waits for the device, so that an index out of range is reported by PyTorch (on CUDA: some time later).
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_plasticity.editing.editable import (
+    EDITABLE_LAYERS,
+    EditableLayer,
+    check_layer,
+    check_norm,
+    check_parameter,
+    own_entries,
+)
+from lightning_plasticity.editing.initial import copy_to_cpu, reset_on_cpu
+from lightning_plasticity.editing.optimizer_state import StateOfEntries
+
+OptimizerState: TypeAlias = Literal["reset", "keep"]
+_Index: TypeAlias = tuple[Tensor | slice, ...]
+
+
+class Editor:
+    """Write to a model's weights, and put the optimizer state of exactly the written entries back to its initial value.
+
+    The state of an entry is found by the parameter's identity, in what has the parameter's shape. It starts from 0,
+    except where the optimizer starts elsewhere: Adagrad's ``initial_accumulator_value``, Rprop's learning rate, the
+    weight itself where the weight is averaged (ASGD). Step counts belong to whole tensors and stay. State of another
+    shape (Adafactor's factors, the history of LBFGS) stays too, and a warning says so once. Of two parameters over the
+    same memory only the one that is named has its state reset; one parameter that two modules share is no such case.
+
+    Indices are distinct ``LongTensor``s on the parameter's device, and may be empty. To replace units of several
+    layers, first :meth:`shift_bias` for all, then :meth:`redraw_rows` and :meth:`reset_norm` for all, then
+    :meth:`zero_columns` for all: then biases are shifted by the old weights, a new unit's bias is 0 whatever was
+    shifted into it, and an outgoing 0 wins over a redrawn row.
+
+    Args:
+        model: The network, in which modules are looked up by their qualified names.
+        optimizers: Those that may own its parameters.
+        optimizer_state: ``"reset"``, or ``"keep"`` to leave all state alone, as methods want that nudge every weight at
+            every step.
+
+    Raises:
+        ValueError: If ``optimizer_state`` is neither of the two. The edits raise it for a module, an index or values
+            that do not fit, and ``RuntimeError`` for what :func:`.check_editable` refuses.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> editor = Editor(model, [torch.optim.Adam(model.parameters())])
+        >>> unit = torch.tensor([1])
+        >>> editor.redraw_rows("0", unit, torch.tensor([[0.5, -0.5]]))
+        >>> editor.zero_columns("2", unit)
+        >>> model[0].weight[1].tolist(), model[0].bias[1].item(), model[2].weight[0, 1].item()
+        ([0.5, -0.5], 0.0, 0.0)
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizers: Iterable[Optimizer] = (), optimizer_state: OptimizerState = "reset"
+    ) -> None:
+        if optimizer_state not in ("reset", "keep"):
+            raise ValueError(f"optimizer_state must be 'reset' or 'keep', but is {optimizer_state!r}.")
+        self._model = model
+        self._resets_state = optimizer_state == "reset"  # asked first, for some methods write all tensors at every step
+        self._state = StateOfEntries(optimizers if self._resets_state else ())
+        self._layers: dict[str, EditableLayer] = {}
+        self._initial_norms: dict[str, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def redraw_rows(self, module: str, rows: Tensor, values: Tensor) -> None:
+        """Set these rows (outputs) of a layer's weight to ``values`` and of its bias, if it has one, to 0."""
+        layer = self._layer(module)
+        _check_index(rows, layer.weight, module)
+        shape = (len(rows), *layer.weight.shape[1:])
+        if values.shape != shape:
+            raise ValueError(
+                f"redraw_rows needs values of shape {shape} for {len(rows)} rows of {module!r}, "
+                f"but their shape is {tuple(values.shape)}."
+            )
+        self._assign(layer.weight, (rows,), values)
+        self.zero_bias(module, rows)
+
+    @torch.no_grad()
+    def scale_rows(self, module: str, rows: Tensor, factor: float) -> None:
+        """Multiply these rows (outputs) of a layer's weight and bias by ``factor``."""
+        layer = self._layer(module)
+        _check_index(rows, layer.weight, module)
+        for parameter in (layer.weight, layer.bias):
+            if parameter is not None:
+                self._assign(parameter, (rows,), parameter[rows] * factor)
+
+    @torch.no_grad()
+    def zero_bias(self, module: str, rows: Tensor) -> None:
+        """Set these entries of a layer's bias to 0; a layer without bias stays as it is."""
+        layer = self._layer(module)
+        _check_index(rows, layer.weight, module)
+        if layer.bias is not None:
+            self._assign(layer.bias, (rows,), layer.bias.new_zeros(()))
+
+    @torch.no_grad()
+    def zero_columns(self, module: str, columns: Tensor) -> None:
+        """Set to 0 what a layer multiplies these inputs (features, or channels of a convolution with any groups) by."""
+        layer = self._layer(module)
+        _check_index(columns, layer.weight, module)
+        self._assign(layer.weight, _by_group(columns, layer), layer.weight.new_zeros(()), groups=_groups(layer))
+
+    @torch.no_grad()
+    def shift_bias(self, module: str, columns: Tensor, amounts: Tensor) -> None:
+        """Add to a layer's bias what these inputs would add to its output if their values were ``amounts``.
+
+        Convolutions sum over the kernel: exact wherever the kernel does not reach into zero padding. A layer without
+        bias stays as it is.
+        """
+        layer = self._layer(module)
+        _check_index(columns, layer.weight, module)
+        if amounts.shape != columns.shape:
+            raise ValueError(
+                f"shift_bias needs one amount for each of {len(columns)} columns of {module!r}, "
+                f"but their shape is {tuple(amounts.shape)}."
+            )
+        if layer.bias is None:
+            return
+        groups, precise = _groups(layer), torch.promote_types(layer.weight.dtype, torch.float32)
+        if groups == 1 and len(columns):  # all biases are shifted: without the masks, which take most of the time
+            used = layer.weight[:, columns].unsqueeze(-1).flatten(2).sum(-1, dtype=precise)
+            self.write([layer.bias], [layer.bias + (used * amounts.to(precise)).sum(1)])
+            return
+        used = _split_rows(layer.weight, groups)[_by_group(columns, layer)]
+        added = used.unsqueeze(-1).flatten(2).sum(-1, dtype=precise) * amounts.to(precise).unsqueeze(-1)
+        # A sum under a mask, because index_add_ on CUDA differs from run to run and a product of matrices may be TF32.
+        group = torch.arange(groups, device=columns.device).unsqueeze(-1)
+        is_in_group = columns // layer.weight.shape[1] == group
+        shift = torch.where(is_in_group.unsqueeze(-1), added, 0.0).sum(1)
+        is_shifted = is_in_group.any(1, keepdim=True).expand_as(shift)
+        self.write_masked(layer.bias, is_shifted.flatten(), layer.bias + shift.flatten())
+
+    @torch.no_grad()
+    def reset_norm(self, module: str, entries: Tensor) -> None:
+        """Set these entries of a normalisation module to the values that its ``reset_parameters()`` gives.
+
+        For PyTorch's own: weight 1, bias 0, running mean 0, running variance 1. Where the weight has several dimensions
+        (``LayerNorm``), entries are counted row by row. The values are made once, on the CPU, and kept.
+        """
+        norm = self._find(module)
+        if module not in self._initial_norms:
+            self._initial_norms[module] = _initial_norm(norm, module)
+        for name, initial in self._initial_norms[module].items():
+            tensor: Tensor = getattr(norm, name)
+            _check_index(entries, tensor, module)
+            index = _unravelled(entries, tensor.shape)
+            self._assign(tensor, index, initial.to(tensor.device)[index])
+
+    @torch.no_grad()
+    def write_masked(self, parameter: Tensor, mask: Tensor, values: Tensor) -> None:
+        """Set a parameter to ``values`` (of its shape, or one for all) where ``mask`` is true."""
+        _check_mask(parameter, mask)
+        shape = tuple(parameter.shape)
+        if values.shape not in ((), shape):
+            raise ValueError(
+                f"write_masked needs one value or values of shape {shape}, but their shape is {tuple(values.shape)}."
+            )
+        torch.where(mask, values.to(parameter.dtype), parameter, out=parameter)
+        self._reset_masked(parameter, mask)
+
+    @torch.no_grad()
+    def write_packed(self, parameter: Tensor, mask: Tensor, values: Tensor) -> None:
+        """Set the entries of a parameter where ``mask`` is true, in their order, to those of ``values``.
+
+        As ``write_masked``, without values for the entries that stay: ``values`` has one dimension, and as many entries
+        as ``mask`` has true ones.
+        """
+        _check_mask(parameter, mask)
+        if values.dim() != 1:
+            raise ValueError(f"write_packed needs values of one dimension, but their shape is {tuple(values.shape)}.")
+        parameter.masked_scatter_(mask, values.to(parameter.dtype))
+        self._reset_masked(parameter, mask)
+
+    def _reset_masked(self, parameter: Tensor, mask: Tensor) -> None:
+        for state, initial in self._state.of(parameter):
+            torch.where(mask, initial, state, out=state)
+
+    @torch.no_grad()
+    def write(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Set whole parameters or buffers to ``values``."""
+        torch._foreach_copy_(list(tensors), list(values))
+        self._reset_state(tensors)
+
+    @torch.no_grad()
+    def scale(self, tensors: Sequence[Tensor], factors: Sequence[Tensor] | float) -> None:
+        """Multiply whole parameters or buffers by a number, or each by its own tensor without dimensions."""
+        torch._foreach_mul_(list(tensors), factors if isinstance(factors, float | int) else list(factors))
+        self._reset_state(tensors)
+
+    @torch.no_grad()
+    def add(self, tensors: Sequence[Tensor], amounts: Sequence[Tensor], factor: float = 1.0) -> None:
+        """Add ``factor * amounts`` to whole parameters or buffers."""
+        torch._foreach_add_(list(tensors), list(amounts), alpha=factor)
+        self._reset_state(tensors)
+
+    @torch.no_grad()
+    def clamp(self, tensors: Sequence[Tensor], limit: float) -> None:
+        """Bring every entry into ``[-limit, limit]``. Optimizer state stays: a bound renews nothing."""
+        if tensors and tensors[0].device.type == "cpu":  # one pass over each instead of two
+            for tensor in tensors:
+                tensor.clamp_(-limit, limit)
+        else:
+            torch._foreach_clamp_min_(list(tensors), -limit)
+            torch._foreach_clamp_max_(list(tensors), limit)
+
+    def _find(self, name: str) -> nn.Module:
+        try:
+            return self._model.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(
+                f"An edit needs the name of a module in {type(self._model).__name__}, but there is no {name!r}. "
+                "Take one from model.named_modules()."
+            ) from error
+
+    def _layer(self, name: str) -> EditableLayer:
+        if name not in self._layers:
+            layer = self._find(name)
+            if not isinstance(layer, EDITABLE_LAYERS):
+                raise ValueError(
+                    "Editing rows and columns needs a Linear or Conv layer, "
+                    f"but {name!r} is a {type(layer).__name__}. Exclude it."
+                )
+            check_layer(layer, name)
+            self._layers[name] = layer
+        return self._layers[name]
+
+    def _assign(self, tensor: Tensor, index: _Index, values: Tensor, groups: int | None = None) -> None:
+        def indexed(whole: Tensor) -> Tensor:
+            return whole if groups is None else _split_rows(whole, groups)
+
+        indexed(tensor)[index] = values.to(tensor.dtype)
+        for state, initial in self._state.of(tensor):
+            indexed(state)[index] = indexed(initial)[index]
+
+    def _reset_state(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors if self._resets_state else ():
+            for state, initial in self._state.of(tensor):
+                state.copy_(initial)
+
+
+def _check_mask(parameter: Tensor, mask: Tensor) -> None:
+    check_parameter(parameter, "the parameter")
+    if mask.dtype != torch.bool or mask.shape != parameter.shape:
+        raise ValueError(
+            f"A masked edit needs a mask of torch.bool and shape {tuple(parameter.shape)}, "
+            f"but it is of {mask.dtype} and shape {tuple(mask.shape)}."
+        )
+
+
+def _initial_norm(norm: nn.Module, name: str) -> dict[str, Tensor]:
+    if isinstance(norm, EDITABLE_LAYERS):
+        raise ValueError(
+            f"reset_norm needs a normalisation module, but {name!r} is a {type(norm).__name__}. Use redraw_rows."
+        )
+    check_norm(norm, name)
+    tensors = own_entries(norm)
+    if not tensors:
+        return {}
+    twin = copy_to_cpu(norm)
+    reset_on_cpu(twin, seed=0)
+    return {name: getattr(twin, name).detach().to(tensor) for name, tensor in tensors.items()}
+
+
+def _check_index(index: Tensor, parameter: Tensor, name: str) -> None:
+    if index.dtype != torch.int64 or index.dim() != 1 or index.device != parameter.device:
+        raise ValueError(
+            f"An edit of {name!r} needs a LongTensor with one dimension on {parameter.device}, "
+            f"but got {index.dtype} of shape {tuple(index.shape)} on {index.device}."
+        )
+
+
+def _groups(layer: EditableLayer) -> int:
+    return 1 if isinstance(layer, nn.Linear) else layer.groups
+
+
+def _split_rows(tensor: Tensor, groups: int) -> Tensor:
+    return torch.unflatten(tensor, 0, (groups, -1))
+
+
+def _by_group(columns: Tensor, layer: EditableLayer) -> _Index:
+    """Where a layer's inputs are in its weight after :func:`_split_rows`."""
+    width = layer.weight.shape[1]
+    return columns // width, slice(None), columns % width
+
+
+def _unravelled(entries: Tensor, shape: torch.Size) -> _Index:
+    # torch.unravel_index copies the shape to the device, and waits for that.
+    index: list[Tensor] = []
+    for size in reversed(shape):
+        index.insert(0, entries % size)
+        entries = entries // size
+    return tuple(index)

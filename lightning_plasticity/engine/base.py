@@ -1,0 +1,446 @@
+"""What all methods share: one object for a Trainer, Fabric and a plain loop, that acts once per real optimizer step."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import Self, override
+
+from lightning_plasticity.distributed import EqualDraws, agree_on_seed
+from lightning_plasticity.editing.editable import check_whole
+from lightning_plasticity.editing.edits import Editor, OptimizerState
+from lightning_plasticity.engine.forward import FirstCalls, forget_compiled_code
+from lightning_plasticity.engine.forward import ForwardCall as ForwardCall
+from lightning_plasticity.engine.forward import in_backward as in_backward
+from lightning_plasticity.units.find import original
+from lightning_plasticity.units.probing import undisturbed
+
+
+class PlasticityCallback(Callback, ABC):
+    """Base of all methods.
+
+    In a Trainer it is a callback like any other. In a plain PyTorch or Fabric loop::
+
+        method.attach(model, optimizer, example_inputs=(x,))
+        for x, y in stream:
+            ...
+            optimizer.step()
+            method.step()
+        method.detach()
+
+    A method acts right after an optimizer has changed weights: once per real step, however many batches were
+    accumulated, never for a step that a gradient scaler skipped or in which no parameter of the method's part of the
+    model had a gradient.
+
+    Args:
+        module: the name of the module inside the model to work on; None for all of it.
+        optimizer_state: ``"reset"`` puts the optimizer state of entries that are written back to its initial value,
+            ``"keep"`` leaves it.
+        seed: of the method's own draws, which are equal on every rank; None takes rank 0's current seed.
+        needs_example: whether the method must examine a forward pass before it can act.
+    """
+
+    def __init__(
+        self,
+        *,
+        module: str | None = None,
+        optimizer_state: OptimizerState = "reset",
+        seed: int | None = None,
+        needs_example: bool = False,
+    ) -> None:
+        super().__init__()
+        if optimizer_state not in ("reset", "keep"):
+            raise ValueError(f"optimizer_state must be 'reset' or 'keep', got {optimizer_state!r}.")
+        self.module = module
+        self.optimizer_state: OptimizerState = optimizer_state
+        self.seed = seed
+        self.needs_example = needs_example
+        self._state_key = self._generate_state_key(module=module)  # Lightning asks for it around each of its calls
+        self.optimizer_steps = 0  # real steps of all optimizers that train the scope
+        self.optimizers: list[Optimizer] = []
+        self.draws: EqualDraws
+        self.editor: Editor
+        self._model: nn.Module | None = None
+        self._scope: nn.Module | None = None
+        self._trainer: Trainer | None = None
+        self._handles: list[RemovableHandle] = []
+        self._first_calls: FirstCalls | None = None
+        self._stepped: list[Optimizer] = []
+        self._ready = False  # from `_start` to `detach`
+        self._saved: dict[str, Any] | None = None  # state that waits to be restored
+        self._saved_of: weakref.ref[nn.Module] | None = None  # the model that it is of; None for a checkpoint's
+
+    # ---- what a method defines
+
+    @abstractmethod
+    def _start(self) -> None:
+        """Prepares the method's state: the model has its initial weights (or, on resume, those of the checkpoint).
+
+        Methods with ``needs_example`` are called once the forward pass has been examined, before the first step.
+        """
+
+    @abstractmethod
+    def _after_step(self, optimizer: Optimizer | None) -> None:
+        """Acts after one real step of ``optimizer`` (None in a loop that has none).
+
+        Where there are several optimizers it had better write only to what this one trains: the backward pass of a loss
+        of the others may be still to come.
+        """
+
+    def _examine(self, call: ForwardCall) -> None:
+        """Looks at the first training call of the model, or of each child that is called by itself, before it goes on.
+
+        Hooks that are set here hear that call already: before ``_start`` and ``_restore``, which must not lose it.
+        """
+
+    def _state(self) -> dict[str, Any]:
+        """All that the method must remember, besides its settings, equal on every rank: all ranks call it together.
+
+        It changes nothing, so that a run goes on alike whether it was saved or not. What differs from rank to rank goes
+        through ``gather_over_ranks``.
+        """
+        return {}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Takes back what ``_state`` gave; called after ``_start``."""
+
+    def _stop(self) -> None:
+        """Lets go of the model. The hooks given to ``keep`` are gone; ``_examine`` and ``_start`` may follow again."""
+
+    def _numbers(self) -> dict[str, Tensor | float]:
+        """What to log, by name; read at the Trainer's logging interval only."""
+        return {}
+
+    # ---- a plain loop
+
+    def attach(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        example_inputs: Sequence[Any] | None = None,
+    ) -> Self:
+        """Starts to work on a model outside of a Trainer.
+
+        Args:
+            model: the network; compiled, data-parallel and Fabric wrappers are looked through.
+            optimizer: the optimizer or optimizers that train it. Without one, every call of ``step`` counts.
+            example_inputs: what the model is called with, ``model(*example_inputs)``. Without it, the first training
+                forward pass serves as example, and is compiled in pieces where the model is compiled: with
+                ``fullgraph=True`` examples are needed.
+        """
+        if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
+            raise ValueError(
+                f"example_inputs must be a tuple of the model's inputs, got {type(example_inputs).__name__}. "
+                "Write example_inputs=(x,)."
+            )
+        if self._model is not None:
+            raise RuntimeError(f"{type(self).__name__} is attached to a model already. Call detach() first.")
+        optimizers = (
+            [] if optimizer is None else [optimizer] if not isinstance(optimizer, Sequence) else list(optimizer)
+        )
+        try:
+            self._attach(model, optimizers)
+            if self._first_calls is not None and example_inputs is not None:
+                self._first_calls.remove()
+                self._examine_example(tuple(example_inputs))
+                self._begin()
+        except BaseException:
+            self._let_go()
+            raise
+        return self
+
+    def step(self) -> None:
+        """Acts once for each real optimizer step since the last call. To be called after ``optimizer.step()``."""
+        if self._model is None:
+            raise RuntimeError(f"{type(self).__name__}.step() needs a model. Call attach(model, optimizer) first.")
+        stepped: list[Optimizer | None] = list(self._stepped) if self.optimizers else [None]
+        self._stepped.clear()
+        for optimizer in stepped:
+            if not self._ready:
+                self._begin_if_examined()
+            if not self._ready:
+                raise RuntimeError(
+                    f"{type(self).__name__} needs to see a forward pass in training mode before the first optimizer "
+                    "step, but the model was not called as a module. Call it as self(x) or self.net(x) in "
+                    "training_step, name the part that is called with module=, or give example_inputs to attach()."
+                )
+            self.optimizer_steps += 1
+            with torch.no_grad():
+                self._after_step(optimizer)
+
+    def detach(self) -> None:
+        """Removes all hooks. What the method remembers stays, and goes on when it is attached to the same model again.
+
+        In a distributed run all ranks must call it.
+        """
+        if self._ready:
+            self._saved, self._saved_of = self.state_dict(), weakref.ref(self.model)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._remove_hooks()
+        self._stop()
+        self._model = self._scope = self._trainer = self._first_calls = None
+        self._ready = False
+        self.optimizers = []
+        for name in ("draws", "editor"):
+            vars(self).pop(name, None)
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._first_calls is not None:
+            self._first_calls.remove()
+
+    # ---- what methods use
+
+    @property
+    def model(self) -> nn.Module:
+        """The whole network that the method is attached to."""
+        if self._model is None:
+            raise RuntimeError(f"{type(self).__name__} is not attached to a model.")
+        return self._model
+
+    @property
+    def scope(self) -> nn.Module:
+        """The part of the model that ``module=`` names."""
+        if self._scope is None:
+            raise RuntimeError(f"{type(self).__name__} is not attached to a model.")
+        return self._scope
+
+    @property
+    def scope_is_training(self) -> bool:
+        """Whether the scope is in training mode: what a hook hears in any other is not for training statistics."""
+        return self._scope is not None and self._scope.training
+
+    @property
+    def prefix(self) -> str:
+        """What the names of the scope's parts begin with inside the model."""
+        return "" if self.module is None else f"{self.module}."
+
+    def keep(self, handle: RemovableHandle) -> None:
+        """Takes care of a hook: it is removed when the method is detached."""
+        self._handles.append(handle)
+
+    def uncompiled(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """A hook that compilers leave alone: they would guard on all it reads, and compile anew when that changes."""
+        return torch.compiler.disable(hook)  # type: ignore[no-untyped-call, no-any-return]
+
+    def optimizer_of(self, parameter: Tensor) -> Optimizer | None:
+        """The optimizer that owns a parameter, found by identity."""
+        for optimizer in self.optimizers:
+            if any(parameter is p for group in optimizer.param_groups for p in group["params"]):
+                return optimizer
+        return None
+
+    # ---- attaching
+
+    def _attach(self, model: nn.Module, optimizers: Iterable[Any]) -> None:
+        model = original(model)
+        self._scope = self._find_scope(model)
+        self._model = model
+        if self._saved_of is not None and self._saved_of() is not model:
+            self._saved = self._saved_of = None  # what was learnt of another model does not apply
+            self.optimizer_steps = 0
+        self.optimizers = [_torch_optimizer(optimizer) for optimizer in optimizers]
+        self._parameters = {id(parameter) for parameter in self._scope.parameters()}
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        # With the same seed, different methods, and the same on different modules, draw different numbers.
+        seed = agree_on_seed(self.seed, device) ^ zlib.crc32(self.state_key.encode())
+        self.draws = EqualDraws(seed)
+        self.editor = Editor(model, self.optimizers, self.optimizer_state)
+        self._stepped.clear()
+        for optimizer in self.optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(optimizer.register_step_post_hook(self._count_step))
+        if self.needs_example:
+            self._first_calls = FirstCalls(self.scope, self.module or "", self._examine, self._warn_too_late)
+        else:
+            self._begin()
+        forget_compiled_code()
+
+    def _find_scope(self, model: nn.Module) -> nn.Module:
+        """Looks at a model, before anything is changed, for what cannot work."""
+        check_whole(model, "Plasticity methods need")
+        if self.module is None:
+            return model
+        try:
+            return model.get_submodule(self.module)
+        except AttributeError as error:
+            names = ", ".join(name for name, _ in model.named_children())
+            raise ValueError(
+                f"module= must name a module of {type(model).__name__}, got {self.module!r}. "
+                f"Its children are: {names}; model.named_modules() lists all."
+            ) from error
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        self._start()
+        self._ready = True
+        if self._saved is not None:
+            saved, self._saved, self._saved_of = self._saved, None, None
+            self.load_state_dict(saved)
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Runs when ``optimizer.step()`` begins: the last moment at which the weights are the initial ones."""
+        if self._ready:
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._begin_if_examined()
+            return None
+
+        def first_closure(*given: Any) -> Any:
+            result = closure(*given)
+            self._begin_if_examined()  # the forward pass was in the closure
+            return result
+
+        return args[:1], {**kwargs, "closure": first_closure}
+
+    def _count_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Runs inside ``optimizer.step()``, after the update."""
+        found_inf = getattr(optimizer, "found_inf", None)
+        if isinstance(found_inf, Tensor) and bool(found_inf.any()):
+            return  # a fused optimizer under a gradient scaler skips inside its kernel
+        if any(
+            p.grad is not None and id(p) in self._parameters
+            for group in optimizer.param_groups
+            for p in group["params"]
+        ):
+            self._stepped.append(optimizer)
+            if self._trainer is not None:
+                self.step()
+
+    # ---- the first forward pass
+
+    def _examine_example(self, inputs: tuple[Any, ...]) -> None:
+        """Examines what the scope is called with when the model is called with ``inputs``."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        if self.module is None:
+            calls.append((inputs, {}))
+        else:
+            note = self.uncompiled(lambda _, args, kwargs: calls.append((args, kwargs)))
+            handle = self.scope.register_forward_pre_hook(note, with_kwargs=True)
+            try:
+                with undisturbed(self.model), torch.no_grad():
+                    self.model.eval()(*inputs)
+            finally:
+                handle.remove()
+        if not calls:
+            raise ValueError(
+                f"module={self.module!r} must name a module that is called when the model is called with "
+                "example_inputs, but it was not. Name another, or leave example_inputs out: then the first training "
+                "call is examined."
+            )
+        self._examine(ForwardCall(original(self.scope), self.prefix, *calls[0]))
+        forget_compiled_code()
+
+    def _begin_if_examined(self) -> None:
+        if not self._ready and self._first_calls is not None and self._first_calls.any_seen:
+            self._first_calls.finish()
+            self._begin()
+
+    def _warn_too_late(self, name: str) -> None:
+        warnings.warn(
+            f"{type(self).__name__} leaves {name!r} alone, because it was first called after the first optimizer step. "
+            f"Give it a callback of its own: {type(self).__name__}(..., module={name!r}).",
+            stacklevel=2,
+        )
+
+    # ---- a Trainer
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._find_scope(original(pl_module))
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not before: some strategies load the checkpoint after on_fit_start, and a learning-rate finder trains in it.
+        if self._trainer is not None:
+            self.detach()  # an exception ended the last fit
+        if self._model is not None:
+            raise RuntimeError(f"{type(self).__name__} is attached to a model already. Call detach() before fit().")
+        self._trainer = trainer
+        self._attach(pl_module, trainer.optimizers)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # When and under which step Lightning logs is known only to parts of it that are not public.
+        if not self._ready or not trainer.loggers or not trainer._logger_connector.should_update_logs:
+            return
+        if pl_module.automatic_optimization and trainer.fit_loop._should_accumulate():
+            return
+        self._log(trainer, self._numbers(), trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def _log(self, trainer: Trainer, numbers: Mapping[str, Tensor | float], step: int) -> None:
+        """Sends numbers to all loggers, under the names of the method and of its part of the model."""
+        part = "" if self.module is None else f"/{self.module}"
+        named = {f"plasticity/{type(self).__name__}{part}/{key}": float(value) for key, value in numbers.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(named, step=step)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.detach()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # No more: a callback that saves a checkpoint on exceptions comes later, and other ranks may be gone.
+        self._remove_hooks()
+
+    # ---- checkpoints
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._state_key
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if not self._ready:
+            return dict(self._saved or {})
+        return {"optimizer_steps": self.optimizer_steps, "draws": self.draws.state_dict(), "method": self._state()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not state_dict:
+            return
+        if not self._ready:
+            self._saved, self._saved_of = state_dict, None
+            return
+        self.optimizer_steps = state_dict["optimizer_steps"]
+        self.draws.load_state_dict(state_dict["draws"])
+        self._restore(state_dict["method"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A weak reference cannot be pickled; a copy in another process has no other model to confuse with this one.
+        return {**vars(self), "_saved_of": None}
+
+
+def _torch_optimizer(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside Lightning's and Fabric's wrappers."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inner, Optimizer):
+        raise ValueError(f"A torch.optim.Optimizer is required, got {type(optimizer).__name__}.")
+    return inner
+
+
+def whole_and_rest(count: float) -> tuple[int, float]:
+    """Splits a fractional count into what is due now and what stays for later."""
+    due = math.floor(count)
+    return due, count - due

@@ -1,0 +1,309 @@
+"""The units that a method works on: how active they were since the last step, and how to replace them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_plasticity.editing.initial import InitialDistribution
+from lightning_plasticity.engine.activations import Activations, sum_of_sizes
+from lightning_plasticity.engine.base import ForwardCall, PlasticityCallback
+from lightning_plasticity.engine.unit_sets import Reader, Table, UnitSet, channels_of, check_units, renamed
+from lightning_plasticity.units.find import HiddenUnits, explore
+
+Index: TypeAlias = slice | Tensor
+
+
+class Population:
+    """All sets of units of a method, with flat arrays over all units and over all columns that read them.
+
+    Args:
+        callback: the method.
+        units: the sets, given by hand; None to find them.
+        exclude: patterns (as in ``fnmatch``) of names of sets to leave alone.
+        keep_inputs: hold what the readers read until the next step, for ``take_mean_distance``.
+        reads_sizes: whether the mean sizes of activations are wanted, besides their means.
+    """
+
+    def __init__(
+        self,
+        callback: PlasticityCallback,
+        units: Sequence[HiddenUnits] | None,
+        exclude: Sequence[str] | str,
+        keep_inputs: bool = False,
+        reads_sizes: bool = True,
+    ) -> None:
+        self._callback = callback
+        self._reads_sizes = reads_sizes
+        self._keep_inputs = keep_inputs
+        self._given = units
+        self._exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets the model."""
+        self.sets: list[UnitSet] = []
+        self.size = self.columns = 0
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32  # of averages: at least this, whatever the precision of the network
+        self._refused: list[str] = []  # why layers or sets were left out
+        self._owners: dict[str, Optimizer | None] = {}
+        self._readers: dict[str, list[Reader]] = {}
+        self._by_number: list[Reader] = []
+        self.activations = Activations(self._callback, self._reads_sizes, self._keep_inputs)
+        self._places: dict[tuple[int, ...], tuple[Index, Index]] = {}
+        self._is_plain = True  # each unit is read by one column of one layer
+        self._weights: list[Tensor] = []  # of all sets
+        self._outgoing = self._share_of_weight = torch.zeros(0)
+        self._outgoing_of: list[Tensor] = []  # of each reader
+
+    # ---- finding
+
+    def examine(self, call: ForwardCall) -> None:
+        """Finds the units of a module inside its first training call, in time to hear that call."""
+        found = call.on_one_example(lambda args, kwargs: explore(call.module, args, kwargs, explain=False))
+        self._add([renamed(units, call.prefix) for units in found.units])
+        self._refused += [f"{call.prefix}{name}: {reason}" for name, reason in found.left_out.items()]
+
+    def settle(self) -> None:
+        """Takes the given units, or checks that some were found."""
+        self._add(self._given or ())
+        name = type(self._callback).__name__
+        where = type(self._callback.model).__name__ if self._callback.module is None else repr(self._callback.module)
+        if not self.sets:
+            raise ValueError(
+                f"{name} needs hidden units, but has none to work on in {where}. `find_units(model, example, "
+                "explain=True)` prints why layers are left out. Name the part of the model that has hidden units with "
+                "module=, exclude less, or give the units with units=."
+                + "".join(f"\n  {reason}" for reason in self._refused[:12])
+            )
+        if not any(self._trains(unit_set) for unit_set in self.sets):
+            raise ValueError(
+                f"{name} needs hidden units whose weights are trained, but in each of "
+                f"{', '.join(s.name for s in self.sets)} a weight requires no gradient or belongs to no optimizer. "
+                "Unfreeze them, hand them to the optimizer, or name another part of the model with module=."
+            )
+
+    def _add(self, found: Iterable[HiddenUnits]) -> None:
+        model = self._callback.model
+        for units in found:
+            if any(fnmatchcase(units.name, pattern) for pattern in self._exclude):
+                self._refused.append(f"{units.name}: it is excluded")
+                continue
+            weights = check_units(model, units)
+            self.device = weights[0].device
+            self.dtype = torch.promote_types(weights[0].dtype, self.dtype)
+            producers, norms, consumers = (
+                tuple(Table.of(slots, units.size, self.device) for slots in part)
+                for part in (units.producers, units.norms, units.consumers)
+            )
+            readers = tuple(self._add_reader(model.get_submodule(table.module), table) for table in consumers)
+            span = slice(self.size, self.size + units.size)
+            self.size = span.stop
+            self.sets.append(UnitSet(units, producers, norms, readers, span, weights))
+            self._weights += weights
+            self._is_plain &= len(readers) == 1 and readers[0].table.entries.shape[1] == 1
+        self.activations.add(self._by_number[len(self._outgoing_of) :], self.zeros)
+        shares = [self.zeros(r.table.entries.numel()) + 1 / r.weights_per_column for r in self._by_number]
+        self._share_of_weight = torch.cat([self.zeros(0), *shares])
+        self._outgoing = self.zeros(self.columns)
+        self._outgoing_of = [self._outgoing[None, reader.columns] for reader in self._by_number]  # as rows
+
+    def zeros(self, *shape: int) -> Tensor:
+        """An array for averages."""
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def _add_reader(self, layer: nn.Module, table: Table) -> Reader:
+        columns = slice(self.columns, self.columns + table.entries.numel())
+        self.columns = columns.stop
+        every = torch.arange(channels_of(layer), device=self.device)
+        in_order = torch.equal(table.entries.flatten(), every)
+        assert isinstance(layer.weight, Tensor)
+        reader = Reader(table, columns, len(self._by_number), layer, layer.weight, in_order)
+        self._by_number.append(reader)
+        if table.module not in self._readers:
+            self._readers[table.module] = []
+            hook = self.activations.hook(layer, self._readers[table.module])
+            self._callback.keep(layer.register_forward_pre_hook(hook))
+        self._readers[table.module].append(reader)
+        return reader
+
+    # ---- whose step it was
+
+    def _trains(self, unit_set: UnitSet) -> bool:
+        if not all(weight.requires_grad for weight in unit_set.weights):
+            return False
+        return not self._callback.optimizers or self._owner(unit_set) is not None
+
+    def _owner(self, unit_set: UnitSet) -> Optimizer | None:
+        if self._owners.get(unit_set.name) is None:  # a layer may be unfrozen and handed to the optimizer later
+            self._owners[unit_set.name] = self._callback.optimizer_of(unit_set.weights[0])
+        return self._owners[unit_set.name]
+
+    def trained_by(self, optimizer: Optimizer | None) -> Sequence[int]:
+        """The sets that a step of this optimizer has trained: their places in ``sets``."""
+        if self._all_trained_by(optimizer):
+            return range(len(self.sets))
+        return [
+            i
+            for i, unit_set in enumerate(self.sets)
+            if self._trains(unit_set) and (optimizer is None or self._owner(unit_set) is optimizer)
+        ]
+
+    def _all_trained_by(self, optimizer: Optimizer | None) -> bool:
+        """Whether the usual case is at hand: one optimizer trains everything. Told quickly, for each step asks."""
+        if optimizer is not None:
+            is_only_one = len(self._callback.optimizers) == 1 and len(self._owners) == len(self.sets)
+            if not is_only_one or None in self._owners.values():
+                return False
+        return all([weight.requires_grad for weight in self._weights])  # noqa: C419 (a list takes half the time)
+
+    def places(self, sets: Sequence[int]) -> tuple[Index, Index]:
+        """Where sets stand in the flat arrays over units and over columns."""
+        if len(sets) == len(self.sets):
+            return slice(None), slice(None)
+        key = tuple(sets)
+        if key not in self._places:
+            units, columns = torch.arange(self.size), torch.arange(self.columns)
+            self._places[key] = (
+                torch.cat([units[self.sets[i].span] for i in sets]).to(self.device),
+                torch.cat([columns[r.columns] for i in sets for r in self.sets[i].readers]).to(self.device),
+            )
+        return self._places[key]
+
+    def readers(self, sets: Sequence[int]) -> Sequence[Reader]:
+        """The readers of sets, in the order of their columns."""
+        if len(sets) == len(self.sets):
+            return self._by_number
+        return [reader for i in sets for reader in self.sets[i].readers]
+
+    # ---- activations
+
+    def heard(self, sets: Sequence[int]) -> Sequence[int]:
+        """Those of the sets whose activations were read since they were last taken."""
+        if self.activations.are_read(self.readers(sets)):
+            return sets
+        return [i for i in sets if self.activations.are_read(self.sets[i].readers)]
+
+    def take_means(self, sets: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The mean activation and mean size of activation of each column of the sets, since they were last taken.
+
+        Over the columns in the order of ``places(sets)``; to be used before the next forward pass.
+        """
+        means, sizes = self.activations.take_means(self.readers(sets))
+        _, columns = self.places(sets)
+        return (means, sizes) if isinstance(columns, slice) else (means[columns], sizes[columns])
+
+    def unit_of_column(self, sets: Sequence[int]) -> Tensor:
+        """For each column of the sets the unit that it reads, as a place among the units of these sets."""
+        parts, start = [], 0
+        for i in sets:
+            size = self.sets[i].units.size
+            numbers = torch.arange(start, start + size, device=self.device)
+            parts += [numbers.repeat_interleave(reader.table.entries.shape[1]) for reader in self.sets[i].readers]
+            start += size
+        return torch.cat(parts)
+
+    def per_unit(self, values: Tensor, sets: Sequence[int]) -> Tensor:
+        """From one value for each column of the sets to one for each unit.
+
+        The mean over a consumer's columns of the unit, added up over consumers.
+        """
+        if self._is_plain:
+            return values
+        parts, start = [], 0
+        for i in sets:
+            total = None
+            for reader in self.sets[i].readers:
+                table = reader.table.entries
+                part = values[start : start + table.numel()].view(table.shape)
+                part = part.squeeze(1) if table.shape[1] == 1 else part.mean(1)
+                total = part if total is None else total + part
+                start += table.numel()
+            assert total is not None
+            parts.append(total)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def mean_over_consumers(self, values: Tensor, sets: Sequence[int]) -> Tensor:
+        """Like ``per_unit``, but the mean over consumers."""
+        if self._is_plain:
+            return values
+        added = self.per_unit(values, sets)
+        counts = {len(self.sets[i].readers) for i in sets}
+        if len(counts) == 1:
+            return added / counts.pop()
+        parts = torch.split(added, [self.sets[i].units.size for i in sets])
+        return torch.cat([part / len(self.sets[i].readers) for i, part in zip(sets, parts, strict=True)])
+
+    # ---- weights
+
+    def outgoing(self, sets: Sequence[int]) -> Tensor:
+        """For each column of the sets the mean size of the weights that it is multiplied by."""
+        for reader in self.readers(sets):
+            weight, sizes = reader.weight, self._outgoing_of[reader.number]
+            if reader.in_order and weight.ndim == 2:
+                self.activations.write_sum_of_sizes(weight, sizes)
+            else:
+                sizes.copy_(reader.take(_size_by_column(reader, self.dtype)))
+        _, columns = self.places(sets)
+        if isinstance(columns, slice):
+            return self._outgoing.mul_(self._share_of_weight)
+        return self._outgoing[columns] * self._share_of_weight[columns]
+
+    def incoming(self, sets: Sequence[int]) -> Tensor:
+        """For each unit of the sets the mean size of the weights of the main row that makes it."""
+        parts = []
+        for i in sets:
+            unit_set = self.sets[i]
+            rows = unit_set.weights[0].detach()[unit_set.producers[0].entries[:, 0]]
+            parts.append(rows.flatten(1).abs().mean(1, dtype=self.dtype))
+        return torch.cat(parts)
+
+    def initial_distribution(self, init: Any) -> InitialDistribution:
+        """Records what the producers' weights start from."""
+        names = dict.fromkeys(f"{table.module}.weight" for unit_set in self.sets for table in unit_set.producers)
+        return InitialDistribution(self._callback.model, names, init)
+
+    def replace(
+        self, chosen: Mapping[int, Tensor], initial: InitialDistribution, compensate: Mapping[int, Sequence[Tensor]]
+    ) -> None:
+        """Replaces units: ``chosen`` are units by set, ``compensate`` what each of the set's readers got from them.
+
+        All biases are shifted by the old weights first, and all rows drawn before any column becomes zero: where two
+        layers meet in one weight, the zero stays, and a replaced unit's bias is 0.
+        """
+        editor = self._callback.editor
+        generator = self._callback.draws.generator(self.device)
+        parts = [(self.sets[i], units) for i, units in chosen.items()]
+        for i, amounts in compensate.items():
+            for reader, amount in zip(self.sets[i].readers, amounts, strict=True):
+                editor.shift_bias(reader.table.module, reader.table.of_units(chosen[i]), amount)
+        for unit_set, units in parts:
+            for table in unit_set.producers:
+                rows = table.of_units(units)
+                editor.redraw_rows(table.module, rows, initial.draw(f"{table.module}.weight", generator, rows))
+            for table in unit_set.norms:
+                editor.reset_norm(table.module, table.of_units(units))
+        for unit_set, units in parts:
+            for reader in unit_set.readers:
+                editor.zero_columns(reader.table.module, reader.table.of_units(units))
+
+
+def average_in(average: Tensor, places: Index, values: Tensor, weight: float) -> None:
+    """Moves some places of a running average towards new values."""
+    if isinstance(places, slice):  # all of them
+        average.mul_(1 - weight).add_(values, alpha=weight)
+    else:
+        average[places] = average[places] * (1 - weight) + values * weight
+
+
+def _size_by_column(reader: Reader, dtype: torch.dtype) -> Tensor:
+    # Over outputs first, with the kernel left in one row with the inputs: over both at once takes twice the time.
+    by_group = torch.unflatten(reader.weight, 0, (reader.groups, -1)).flatten(2)  # group, output, input and kernel
+    sizes = sum_of_sizes(by_group, [1], dtype)
+    return sizes.view(channels_of(reader.layer), -1).sum(1) if reader.weight.ndim > 2 else sizes.flatten()

@@ -1,0 +1,140 @@
+"""Sets of units as methods use them: tables of entries on the device, checked against the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from dataclasses import replace as changed
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from lightning_plasticity.editing.editable import check_editable
+from lightning_plasticity.units.find import HiddenUnits, Slots
+
+
+@dataclass(frozen=True)
+class Table:
+    """The entries of one module that belong to a set of units: row ``i`` holds those of unit ``i``."""
+
+    module: str
+    entries: Tensor
+
+    @staticmethod
+    def of(slots: Slots, size: int, device: torch.device) -> Table:
+        """Sorts the entries by unit; every unit must have the same number of them."""
+        order = slots.unit.argsort(stable=True)
+        expected = torch.arange(size).repeat_interleave(max(len(order) // size, 1))
+        if not torch.equal(slots.unit[order].cpu(), expected):
+            raise ValueError(
+                f"Every unit of a set must have the same number of entries in {slots.module!r}, at least one, but "
+                "these have not. Give units that are wired differently as separate HiddenUnits."
+            )
+        return Table(slots.module, slots.entry[order].view(size, -1).to(device))
+
+    def of_units(self, units: Tensor) -> Tensor:
+        """The entries of some units, unit by unit."""
+        return self.entries[units].flatten()
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer that uses a set of units: ``columns`` is the place of its entries in the flat arrays over columns."""
+
+    table: Table
+    columns: slice
+    number: int
+    layer: nn.Module
+    weight: Tensor
+    in_order: bool  # its entries are all inputs of the layer, in their order
+
+    @property
+    def groups(self) -> int:
+        """Those of a grouped convolution; otherwise 1."""
+        return self.layer.groups if isinstance(self.layer, _ConvNd) else 1
+
+    @property
+    def weights_per_column(self) -> int:
+        """By how many weights a column is multiplied."""
+        return self.weight.numel() // channels_of(self.layer)
+
+    def take(self, channels: Tensor) -> Tensor:
+        """From one value for each input of the layer: those of the entries."""
+        return channels if self.in_order else channels[self.table.entries.flatten()]
+
+
+@dataclass(frozen=True)
+class UnitSet:
+    """A set of units: ``span`` is its place in the flat arrays over units."""
+
+    units: HiddenUnits
+    producers: tuple[Table, ...]
+    norms: tuple[Table, ...]
+    readers: tuple[Reader, ...]
+    span: slice
+    weights: tuple[Tensor, ...]  # of producers and readers: what an edit writes to
+
+    @property
+    def name(self) -> str:
+        """The name of the layer that makes the units."""
+        return self.units.name
+
+
+def channels_of(layer: nn.Module) -> int:
+    """How many input channels a linear or convolution layer has."""
+    channels = layer.in_channels if isinstance(layer, _ConvNd) else layer.in_features
+    assert isinstance(channels, int)
+    return channels
+
+
+def renamed(units: HiddenUnits, prefix: str) -> HiddenUnits:
+    """The same units, named from a module further out."""
+    if not prefix:
+        return units
+
+    def moved(part: tuple[Slots, ...]) -> tuple[Slots, ...]:
+        return tuple(changed(slots, module=prefix + slots.module) for slots in part)
+
+    return changed(
+        units,
+        name=prefix + units.name,
+        producers=moved(units.producers),
+        norms=moved(units.norms),
+        consumers=moved(units.consumers),
+    )
+
+
+def check_units(model: nn.Module, units: HiddenUnits) -> tuple[Tensor, ...]:
+    """Raises where units contradict the model; returns the weights of their producers and consumers."""
+    if not units.producers or not units.consumers:
+        raise ValueError(f"Hidden units need a producer and a consumer, but {units.name!r} lacks one of them.")
+    weights = []
+    for slots in (*units.producers, *units.consumers):
+        layer = _layer(model, units, slots)
+        check_editable(layer, slots.module)
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        is_producer = any(slots is producer for producer in units.producers)
+        limit = weight.shape[0] if is_producer else channels_of(layer)
+        what = "outputs" if is_producer else "inputs"
+        if len(slots.entry) == 0 or not 0 <= int(slots.entry.min()) <= int(slots.entry.max()) < limit:
+            raise ValueError(
+                f"The units {units.name!r} name {what} of {slots.module!r} that it does not have: it has {limit}. "
+                "Take units from find_units() on this model."
+            )
+        weights.append(weight)
+    for slots in units.norms:
+        check_editable(_layer(model, units, slots), slots.module)
+    if len({weight.device for weight in weights}) > 1:
+        raise ValueError(f"All weights of the units {units.name!r} must be on one device.")
+    return tuple(weights)
+
+
+def _layer(model: nn.Module, units: HiddenUnits, slots: Slots) -> nn.Module:
+    try:
+        return model.get_submodule(slots.module)
+    except AttributeError as error:
+        raise ValueError(
+            f"The units {units.name!r} name a module {slots.module!r} that {type(model).__name__} does not have. Names "
+            "are those of model.named_modules(), for a LightningModule counted from itself."
+        ) from error

@@ -1,0 +1,16 @@
+"""Which layers a network calls and in which order, and what follows when their weights are changed."""
+
+from lightning_plasticity.layers.flow import CalledLayer, Flow, trace
+from lightning_plasticity.layers.rescaling import Rescaling, plan
+from lightning_plasticity.layers.weights import LayerPatterns, find_biases, find_weights
+
+__all__ = [
+    "CalledLayer",
+    "Flow",
+    "LayerPatterns",
+    "Rescaling",
+    "find_biases",
+    "find_weights",
+    "plan",
+    "trace",
+]

@@ -1,0 +1,201 @@
+"""Which layers' outputs reach which layers' inputs, without passing another layer: seen by running a network once.
+
+A dispatch mode keeps, for each piece of memory, the names of the layers whose outputs went into it. Every operation
+hands on what its inputs carry; a layer hands on its own name alone. So activations, pooling, reshapes, sums and
+concatenation are looked through, whatever they are called and wherever they happen.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from typing_extensions import override
+
+from lightning_plasticity.units.channels import is_norm, tensors_in
+from lightning_plasticity.units.probing import undisturbed
+
+INPUT = ""  # what the network's own inputs carry
+
+_WITH_WEIGHTS = (
+    nn.Linear,
+    _ConvNd,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class CalledLayer:
+    """A layer with weights, or a normalisation layer, and the layers whose outputs reach its input in the same call.
+
+    ``sources`` are names of layers called before it, and ``INPUT``.
+    """
+
+    name: str
+    module: nn.Module
+    sources: frozenset[str]
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether it normalises, so that the scale of its input does not reach its output."""
+        return _normalises(self.module)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The layers of a network in the order of their first calls, and what reaches each tensor that it returns."""
+
+    layers: tuple[CalledLayer, ...]
+    outputs: tuple[frozenset[str], ...]
+
+
+def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Flow:
+    """Runs a network on an example, without gradients, and leaves it as it was.
+
+    Layers that are called in training only, such as auxiliary heads, are seen as well where the network can be run so.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+        >>> flow = trace(model, (torch.zeros(1, 2),), {})
+        >>> [(layer.name, set(layer.sources)) for layer in flow.layers]
+        [('0', {''}), ('2', {'0'})]
+    """
+    with undisturbed(model):
+        try:
+            # containers take training's path, while what would change or draw something evaluates
+            for module in model.modules():
+                module.training = not (_normalises(module) or next(module.children(), None) is None)
+            return _run_traced(model, args, kwargs)
+        except Exception:  # training may want what no example has, for instance targets
+            return _run_traced(model.eval(), args, kwargs)
+
+
+def run_with(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: Mapping[str, Tensor], *, training: bool
+) -> list[Tensor]:
+    """What the network returns with other tensors in the place of the named ones, its draws always the same."""
+    with undisturbed(model), _quietly(model, args, kwargs) as (args, kwargs):
+        torch.manual_seed(0)
+        outputs = torch.func.functional_call(model.train(training), dict(tensors), tuple(args), dict(kwargs))
+        return list(tensors_in(outputs))
+
+
+@contextmanager
+def _quietly(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[Sequence[Any], Mapping[str, Any]]]:
+    """Without gradients, autocasting, compilation and warnings; floating-point inputs have the type of the weights."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+
+    def cast(x: Tensor) -> Tensor:
+        return x.to(parameter.dtype) if x.is_floating_point() else x
+
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it computes transformer layers without calling their parts
+    try:
+        with (
+            torch.no_grad(),
+            torch.autocast(parameter.device.type, enabled=False),
+            torch.compiler.set_stance("force_eager"),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            yield tree_map_only(Tensor, cast, (tuple(args), dict(kwargs)))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _run_traced(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Flow:
+    tracer = _Tracer()
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, _WITH_WEIGHTS) or _normalises(module):
+            handles.append(module.register_forward_pre_hook(tracer.before(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(tracer.after(name)))
+    try:
+        with _quietly(model, args, kwargs) as (args, kwargs), tracer:
+            tracer.mark((args, kwargs), frozenset([INPUT]))
+            outputs = model(*args, **kwargs)
+            return Flow(
+                tuple(CalledLayer(name, module, frozenset(tracer.sources[name])) for name, module in tracer.order),
+                tuple(tracer.carried(x) for x in tensors_in(outputs)),
+            )
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _normalises(module: nn.Module) -> bool:
+    return is_norm(module) and not isinstance(module, nn.LocalResponseNorm)  # which does not take the scale away
+
+
+class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps what each storage carries. By storage, so that views and writes in place need no care."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._carried: dict[int, frozenset[str]] = {}
+        self.sources: dict[str, set[str]] = {}
+        self.order: list[tuple[str, nn.Module]] = []
+
+    def carried(self, value: Any) -> frozenset[str]:
+        """The names that the tensors in a value carry."""
+        return frozenset().union(*(self._carried.get(_storage(x), frozenset()) for x in tensors_in(value)))
+
+    def mark(self, value: Any, names: frozenset[str]) -> None:
+        """Lets the tensors in a value carry these names only."""
+        for x in tensors_in(value):
+            self._carried[_storage(x)] = names
+
+    def before(self, name: str) -> Any:
+        """The hook on a layer's input."""
+
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if name not in self.sources:
+                self.sources[name] = set()
+                self.order.append((name, module))
+            self.sources[name] |= self.carried((args, kwargs))
+
+        return hook
+
+    def after(self, name: str) -> Any:
+        """The hook on a layer's output."""
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self.mark(output, frozenset([name]))
+
+        return hook
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        only_the_shape = func.__name__.startswith("new_") or "_like" in func.__name__
+        names = frozenset() if only_the_shape else self.carried((args, kwargs))
+        before = {_storage(x) for x in tensors_in((args, kwargs))}
+        result = func(*args, **kwargs)
+        # A list of tensors may be written in place without being returned.
+        written = args if func.__name__.startswith("_foreach") else ()
+        for x in (*tensors_in(result), *tensors_in(written)):
+            storage = _storage(x)
+            # The memory of a tensor that is gone may come back as a new one's: only what was an input keeps its names.
+            kept = self._carried.get(storage, frozenset()) if storage in before else frozenset()
+            self._carried[storage] = names | kept
+        return result
+
+
+def _storage(x: Tensor) -> int:
+    return int(x.untyped_storage()._cdata)

@@ -1,0 +1,107 @@
+"""The weights and biases of linear, convolution and attention layers, found by the layers' names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from lightning_plasticity.editing.editable import check_editable
+
+_LAYERS = (nn.Linear, _ConvNd, nn.MultiheadAttention)
+_WEIGHTS = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_BIASES = ("bias", "in_proj_bias")
+
+
+@dataclass(frozen=True)
+class LayerPatterns:
+    """The layers whose names match one of ``include`` and none of ``exclude``, as in ``fnmatch``."""
+
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+
+    def mean(self, name: str) -> bool:
+        """Whether a layer of this name is meant."""
+        included = any(fnmatchcase(name, pattern) for pattern in self.include)
+        return included and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
+
+
+def find_weights(model: nn.Module, scope: str, patterns: LayerPatterns) -> dict[str, nn.Parameter]:
+    """The weights of the layers that are meant, by their names in the model.
+
+    A weight that several layers share comes once, and one that is also an embedding's is an embedding: it is left out.
+
+    Args:
+        model: The network.
+        scope: The name of the module in it to search, empty for all of it.
+        patterns: Which layers are meant.
+
+    Raises:
+        ValueError: If a pattern matches no layer.
+        RuntimeError: If a weight is no parameter of its own, or cannot be edited.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4), nn.MultiheadAttention(4, 1))
+        >>> list(find_weights(model, "", LayerPatterns(("*",), ())))
+        ['2.in_proj_weight', '2.out_proj.weight']
+    """
+    layers = {name: layer for name, layer in _modules(model, scope) if isinstance(layer, _LAYERS)}
+    for pattern in (*patterns.include, *patterns.exclude):
+        if layers and not any(fnmatchcase(name, pattern) for name in layers):
+            raise ValueError(
+                f"A pattern must match the name of a linear, convolution or attention layer, got {pattern!r}. "
+                f"The names are: {', '.join(layers)}."
+            )
+    seen = {
+        parameter
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        for parameter in module.parameters(recurse=False)
+    }
+    weights: dict[str, nn.Parameter] = {}
+    for layer_name, layer in layers.items():
+        for own_name in _WEIGHTS if patterns.mean(layer_name) else ():
+            if getattr(layer, own_name, None) is not None:
+                name = f"{layer_name}.{own_name}".lstrip(".")
+                parameter = _own_parameter(layer, own_name, name)
+                if parameter not in seen:
+                    seen.add(parameter)
+                    weights[name] = parameter
+    return weights
+
+
+def find_biases(model: nn.Module, scope: str, patterns: LayerPatterns, of_norms: bool) -> list[nn.Parameter]:
+    """The biases of the layers that are meant, and the shifts of normalisation layers if ``of_norms``.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+        >>> [len(find_biases(model, "", LayerPatterns(("*",), ()), of_norms)) for of_norms in (False, True)]
+        [1, 2]
+    """
+    return [
+        bias
+        for name, module in _modules(model, scope)
+        # Normalisation layers have no common class. What has a bias and is neither a layer nor a recurrent one is one.
+        if (of_norms or isinstance(module, _LAYERS)) and patterns.mean(name)
+        for own_name in _BIASES
+        if (bias := module._parameters.get(own_name)) is not None
+    ]
+
+
+def _modules(model: nn.Module, scope: str) -> Iterator[tuple[str, nn.Module]]:
+    yield from model.get_submodule(scope).named_modules(prefix=scope)
+
+
+def _own_parameter(layer: nn.Module, own_name: str, name: str) -> nn.Parameter:
+    if own_name not in layer._parameters:
+        raise RuntimeError(
+            f"{name} must be a parameter, but it is computed from other tensors (by a parametrization, weight_norm, "
+            "spectral_norm or pruning), so that what is written would be lost. Remove that, as with "
+            "torch.nn.utils.parametrize.remove_parametrizations, or exclude the layer."
+        )
+    parameter = layer.get_parameter(own_name)
+    check_editable(parameter, name)
+    return parameter

@@ -1,0 +1,176 @@
+"""What the hidden layers of a model give out, read while somebody listens; at other times no hook is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils.hooks import RemovableHandle
+
+from lightning_plasticity.engine.forward import ForwardCall
+from lightning_plasticity.units.find import HiddenUnits, explore
+
+
+class FeatureReader:
+    """Finds the hidden layers of a model inside its first calls, and hands on what they give out.
+
+    The features of a set of hidden units are what the first layer that uses them reads: after normalisation,
+    activation, pooling and dropout. They arrive as ``(samples, units)``, or ``(samples, positions, units)`` for
+    convolutions and tokens.
+
+    Args:
+        patterns: names or patterns (as in ``fnmatch``) of the layers to read; None for all that have hidden units. A
+            pattern that fits no set of hidden units reads the output of each module that it fits, as it is.
+        hears: asked in every call of a layer, between :meth:`start` and :meth:`stop`, whether it is to be read.
+        receive: is given the layer's name and its features.
+    """
+
+    def __init__(
+        self,
+        patterns: Sequence[str] | None,
+        hears: Callable[[], bool],
+        receive: Callable[[str, Tensor], None],
+    ) -> None:
+        self._patterns, self._hears, self._receive = patterns, hears, receive
+        self.layers: dict[str, int | None] = {}  # the dimension of units in the features; None where it is not known
+        self._matched: set[str] = set()
+        self._left_out: list[str] = []
+        self._registers: list[Callable[[], RemovableHandle]] = []  # each puts one hook in its place
+        self._listening: ExitStack | None = None
+
+    def start(self) -> None:
+        """Listens from now on. Meanwhile compiled models run uncompiled: compiled code does not know of new hooks."""
+        if self._listening is None:
+            self._listening = ExitStack()
+            self._listening.enter_context(torch.compiler.set_stance("force_eager"))
+            for register in self._registers:
+                self._listening.enter_context(register())
+
+    def stop(self) -> None:
+        """Listens no more."""
+        if self._listening is not None:
+            self._listening.close()
+            self._listening = None
+
+    def examine(self, call: ForwardCall) -> None:
+        """Finds layers inside the first call of a module, in time to read that call."""
+        found = call.on_one_example(lambda args, kwargs: explore(call.module, args, kwargs, explain=False))
+        self._left_out += [f"{call.prefix}{name}: {reason}" for name, reason in found.left_out.items()]
+        sets = {call.prefix + units.name: units for units in found.units}
+        modules = {call.prefix + name: module for name, module in call.module.named_modules() if name}
+        for name, units in sets.items():
+            if self._patterns is None or any(_fits(name, pattern) for pattern in self._patterns):
+                self.layers[name] = -1
+                self._read_units(name, units, call.module)
+        for pattern in self._patterns or ():
+            if any(_fits(name, pattern) for name in sets):
+                self._matched.add(pattern)
+                continue
+            for name, module in modules.items():
+                if fnmatchcase(name, pattern):
+                    self._matched.add(pattern)
+                    self.layers[name] = None
+                    self._read_output(name, module)
+
+    def check(self) -> None:
+        """Raises where nothing is read, or not all that was asked for."""
+        if self._patterns is not None:
+            unmatched = [pattern for pattern in self._patterns if pattern not in self._matched]
+            if unmatched:
+                raise ValueError(
+                    "layers= must name layers of modules that training calls, but nothing has the name or pattern "
+                    f"{', '.join(map(repr, unmatched))}. model.named_modules() lists the names."
+                )
+        elif not self.layers:
+            raise ValueError(
+                "Measures of features need hidden layers, but none was found. `find_units(model, example, "
+                "explain=True)` prints why layers are left out. Name the modules whose output to measure with layers=, "
+                "or the part of the model with hidden units with module=, or give only metrics that need no features."
+                + "".join(f"\n  {reason}" for reason in self._left_out[:12])
+            )
+
+    def _read_units(self, name: str, units: HiddenUnits, model: nn.Module) -> None:
+        consumer = model.get_submodule(units.consumers[0].module)
+        weight = consumer.weight
+        assert isinstance(weight, Tensor)
+        slots = units.consumers[0]
+        entries = slots.entry[slots.unit.argsort(stable=True)].view(units.size, -1).to(weight.device)
+        dim = -1 - len(consumer.kernel_size) if isinstance(consumer, _ConvNd) else -1
+
+        def read(_: nn.Module, args: Any) -> None:
+            if self._hears():
+                self._receive(name, by_unit(args[0].detach(), entries, dim))
+
+        self._add(partial(consumer.register_forward_pre_hook, read))
+
+    def _read_output(self, name: str, module: nn.Module) -> None:
+        def read(_: nn.Module, args: Any, output: Any) -> None:
+            if not self._hears():
+                return
+            if not isinstance(output, Tensor):
+                raise ValueError(
+                    f"layers= must name modules that return a tensor, but {name!r} returns {type(output).__name__}. "
+                    "Name a module inside it."
+                )
+            self._receive(name, output.detach())
+
+        self._add(partial(module.register_forward_hook, read))
+
+    def _add(self, register: Callable[[], RemovableHandle]) -> None:
+        self._registers.append(register)
+        if self._listening is not None:
+            self._listening.enter_context(register())
+
+
+def by_unit(inputs: Tensor, entries: Tensor, dim: int) -> Tensor:
+    """Arranges what a layer reads as ``(samples, units)``, or ``(samples, positions, units)`` if there are positions.
+
+    Args:
+        inputs: the layer's input; without a batch it is one sample.
+        entries: the channels that hold each unit, one row a unit; several are positions, which were flattened.
+        dim: the dimension of the channels, counted from the end.
+
+    Example:
+        >>> by_unit(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[0, 1], [2, 3]]), -1)
+        tensor([[[1., 3.],
+                 [2., 4.]]])
+    """
+    inputs = inputs.unsqueeze(0) if inputs.ndim == -dim else inputs
+    channels_last = inputs.movedim(dim, -1)
+    values = channels_last[..., entries.flatten()].view(*channels_last.shape[:-1], *entries.shape)
+    positions = values.movedim(-1, -2).flatten(1, -2)
+    return positions.squeeze(1) if positions.shape[1] == 1 else positions
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """Whether a pattern fits a set's name, or the name of the layer whose units fall into several sets."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name.split(":")[0], pattern)
+
+
+def call_with(module: nn.Module, prefix: str, batch: Any) -> ForwardCall:
+    """The call of a module with a batch's inputs; a tuple or a dict of inputs are its arguments."""
+    inputs = inputs_of(batch)
+    if isinstance(inputs, dict):
+        return ForwardCall(module, prefix, (), inputs)
+    return ForwardCall(module, prefix, tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})
+
+
+def inputs_of(batch: Any) -> Any:
+    """The inputs of a batch: the first of a pair, otherwise all of it."""
+    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
+
+
+def inputs_and_targets_of(batch: Any) -> tuple[Any, Any]:
+    """Both parts of a batch; raises where it is no pair."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise ValueError(
+            "Metrics of inputs and targets need batches that are pairs of them, got "
+            f"{type(batch).__name__}. Give such a pair as probe_batch=(inputs, targets)."
+        )
+    return batch[0], batch[1]

@@ -1,0 +1,234 @@
+"""Hidden units of any network: the weights that make each, the norm entries it passes, the columns that use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from lightning_plasticity.units.probing import Network, undisturbed
+from lightning_plasticity.units.wiring import Group, Wiring
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """Entries of one module that belong to units: ``entry[k]`` belongs to ``unit[k]``.
+
+    An entry is an output row of a producer, an entry of a normalisation layer, or an input channel of a consumer. Every
+    unit of a set has the same number of entries in a ``Slots``.
+    """
+
+    module: str
+    entry: Tensor
+    unit: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class HiddenUnits:
+    """A set of hidden units that are wired alike.
+
+    If the consumers' columns of a unit are zero, its producers' rows may hold anything: the network's output stays the
+    same.
+
+    Attributes:
+        name: the producing module's qualified name (with ``:0``, ``:1``, … where its units fall into several sets).
+        size: the number of units.
+        producers: output rows (or channels) whose weights and bias make the unit; the first is the main one. A layer
+            that gates the unit and a depthwise convolution that it passes are further producers.
+        norms: entries of normalisation layers that the unit passes.
+        consumers: input columns (or channels) of the layers that use the unit.
+        activation: the activation function on the way (``"relu"``, ``"gelu"``, …), None if none was seen.
+        exact: False where a norm that mixes units (LayerNorm, GroupNorm) stands on the way: then a unit also reaches
+            the output by changing the others' scale.
+    """
+
+    name: str
+    size: int
+    producers: tuple[Slots, ...]
+    norms: tuple[Slots, ...]
+    consumers: tuple[Slots, ...]
+    activation: str | None
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a network was found to consist of: its sets of units, and for each layer left out the reason."""
+
+    units: list[HiddenUnits]
+    left_out: dict[str, str]
+    runs: int
+
+
+def find_units(model: nn.Module, *inputs: Any, explain: bool = False) -> list[HiddenUnits]:
+    """Finds the hidden units of a network by running it on an example.
+
+    The network runs some dozens of times, in evaluation mode and without gradients, and is afterwards as it was.
+
+    Args:
+        model: any network; a compiled one is examined through its original module.
+        *inputs: an example of what ``model`` is called with. One example in the batch is enough and fastest.
+        explain: print a table of what was found, with the reason for each layer that was left out.
+
+    Returns:
+        The sets of units, in the order of the forward pass. Empty if there are none.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> units, = find_units(model, torch.zeros(1, 4))
+        >>> units.name, units.size, units.consumers[0].module, units.activation
+        ('0', 8, '2', 'relu')
+    """
+    found = explore(model, inputs, {}, explain=explain)
+    if explain:
+        print(table(found))
+    return found.units
+
+
+def explore(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, explain: bool = True) -> Findings:
+    """Like ``find_units``, for any call of the model; without ``explain`` only the cheap reasons are given."""
+    model = original(model)
+    _refuse_unprobeable(model)
+    with undisturbed(model):
+        network = Network(model, args, kwargs)
+        wiring = Wiring(network)
+        if explain:
+            _explain(wiring)
+        units = _assemble(wiring)
+        left_out = {layer.name: layer.reason for layer in network.layers if layer.reason is not None}
+    return Findings(units, left_out, network.runs)
+
+
+def original(model: nn.Module) -> nn.Module:
+    """The module inside the wrappers of ``torch.compile``, of data parallelism and of Fabric."""
+    inside = model
+    if isinstance(model, (DataParallel, DistributedDataParallel)):
+        inside = model.module
+    else:
+        for wrapped in ("_orig_mod", "_original_module"):  # torch.compile's and Fabric's names for it
+            inner = getattr(model, wrapped, None)
+            inside = inner if isinstance(inner, nn.Module) else inside
+    return model if inside is model else original(inside)
+
+
+def _refuse_unprobeable(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            "find_units needs a module written in Python, got a TorchScript module. Pass the module it was made from."
+        )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"Parameter {name!r} of a lazy module has no shape yet. Run the model once on an example first."
+            )
+        if parameter.is_meta:
+            raise ValueError(
+                f"Parameter {name!r} is on the meta device and has no values. Materialise the model first."
+            )
+
+
+def _explain(wiring: Wiring) -> None:
+    """Gives each usable layer of which no unit was proven a reason, seen in a run of its own."""
+    proven = wiring.members(wiring.proven)
+    for layer in wiring.layers:
+        numbers = layer.numbers
+        if bool(proven[numbers].any()):
+            continue
+        # every second unit: where all inputs of a layer then arrive as NaN, the units were mixed before
+        chosen = torch.zeros(wiring.count, dtype=torch.bool)
+        chosen[numbers[:: 2 if layer.size > 1 else 1]] = True
+        proof = wiring.escape(chosen[wiring.root])
+        if proof.escape is None:
+            layer.reason = "no layer uses its units one by one"
+        elif proof.at is not None and proof.at.reason is not None:
+            layer.reason = f"its units are used by {proof.at.name!r}, which is left out: {proof.at.reason}"
+        elif proof.at is not None and proof.mixed:
+            layer.reason = f"its units are mixed before {proof.at.name!r} uses them"
+        elif proof.at is not None:
+            layer.reason = (
+                f"its units are added to those of other layers before {proof.at.name!r} uses them (a residual stream)"
+            )
+        else:
+            layer.reason = f"its units reach {proof.escape}"
+
+
+def _assemble(wiring: Wiring) -> list[HiddenUnits]:
+    found = []
+    for layer in wiring.layers:
+        groups = [group for group in wiring.proven if group.layer is layer]
+        for index, group in enumerate(groups):
+            found.append(_hidden_units(wiring, group, layer.name if len(groups) == 1 else f"{layer.name}:{index}"))
+    return found
+
+
+def _hidden_units(wiring: Wiring, group: Group, name: str) -> HiddenUnits:
+    position = torch.full((wiring.count,), -1)
+    position[group.roots] = torch.arange(len(group.roots))
+    place = torch.where(position[wiring.root] >= 0, position[wiring.root], -1)  # of each unit, in this set
+
+    def slots(module: str, units: Tensor) -> Slots | None:
+        unit = torch.where(units >= 0, place[units.clamp(min=0)], -1)
+        entry = (unit >= 0).nonzero().squeeze(1)
+        return Slots(module, entry, unit[entry]) if len(entry) else None
+
+    def sites(role: str) -> list[Slots]:
+        read = (slots(site.name, units) for site, units in wiring.units.items() if site.role == role)
+        return [found for found in read if found is not None]
+
+    producers = [Slots(group.layer.name, group.roots - group.layer.first, torch.arange(len(group.roots)))]
+    for layer in wiring.layers:
+        numbers = layer.numbers
+        joined = slots(layer.name, torch.where(wiring.root[numbers] != numbers, numbers, -1))
+        producers += [joined] if joined is not None else []
+    return HiddenUnits(
+        name=name,
+        size=len(group.roots),
+        producers=tuple(producers),
+        norms=tuple(sites("norm")),
+        consumers=tuple(sites("column")),
+        activation=_activation(wiring, place),
+        exact=group.exact,
+    )
+
+
+def _activation(wiring: Wiring, place: Tensor) -> str | None:
+    """The last activation function on the way of the units' values; if there is none, that on their gates' way."""
+    on_value, on_gate = None, None
+    for site, units in wiring.units.items():
+        if site.role == "activation":
+            inside = units[units >= 0]
+            inside = inside[place[inside] >= 0]
+            if len(inside):
+                kind = site.name.split()[1]
+                on_value, on_gate = (on_value, kind) if bool(wiring.is_gate[inside].all()) else (kind, on_gate)
+    return on_value or on_gate
+
+
+def table(found: Findings) -> str:
+    """What was found, as a table for people."""
+    rows = [("layer", "units", "with", "norms", "used by", "activation", "exact")]
+    for units in found.units:
+        rows.append(
+            (
+                units.name,
+                str(units.size),
+                ", ".join(slots.module for slots in units.producers[1:]),
+                ", ".join(slots.module for slots in units.norms),
+                ", ".join(slots.module for slots in units.consumers),
+                units.activation or "",
+                "yes" if units.exact else "no",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if found.left_out:
+        lines += ["", "left out:"]
+        widest = max(map(len, found.left_out))
+        lines += [f"  {name.ljust(widest)}  {reason}" for name, reason in found.left_out.items()]
+    return "\n".join(lines)

@@ -1,0 +1,265 @@
+"""From runs to sets of units: decode what each column spelled, join what belongs together, prove each set."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_plasticity.units.channels import Layer, Site, tensors_in
+from lightning_plasticity.units.probing import Network
+from lightning_plasticity.units.runs import FindGates, Gate, Noise, Proof, ReadCodes, Survey
+
+
+@dataclass(eq=False)
+class Group:
+    """Units of one layer that are wired alike: ``roots`` are their numbers.
+
+    ``exact`` is whether no norm that mixes channels stands on the way.
+    """
+
+    layer: Layer
+    roots: Tensor
+    exact: bool = True
+
+
+def codewords(count: int) -> Tensor:
+    """``count`` different words of as few bits as possible, half of which are one in each."""
+    bits = next(n for n in itertools.count(2) if math.comb(n, n // 2) >= count)
+    words = itertools.islice(itertools.combinations(range(bits), bits // 2), count)
+    return torch.tensor([sum(1 << bit for bit in word) for word in words], dtype=torch.int64)
+
+
+class Wiring:
+    """Which unit feeds which column, norm entry, activation and product of a network.
+
+    Units are numbers of output channels. ``units[site]`` holds for each channel of a site the unit that alone feeds it,
+    or -1. ``root[unit]`` is the unit that this one belongs to: itself, or the one whose value it gates.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.layers = self._survey()
+        self.count = sum(layer.size for layer in self.layers)
+        self.units: dict[Site, Tensor] = {}
+        self.gates: Mapping[int, Gate] = {}
+        self.root = torch.arange(self.count)
+        self.is_gate = torch.zeros(self.count, dtype=torch.bool)
+        self.proven: list[Group] = []
+        if self.count:
+            self._find()
+
+    def _find(self) -> None:
+        """Reads, proves, and settles which depthwise convolutions are passed.
+
+        The channels of a depthwise convolution belong to the units that feed it, if each of its inputs is fed by one
+        unit and the two together prove valid. Otherwise it is a layer like any other.
+        """
+        self._read()
+        depthwise = [layer for layer in self.layers if layer.depthwise]
+        for layer in depthwise:
+            layer.passes = bool((self.units[Site("column", layer.name)] >= 0).all())
+        if any(layer.passes for layer in depthwise):
+            self._read()
+        while True:
+            self.proven = self._prove(self.groups())
+            members = self.members(self.proven)
+            failed = [layer for layer in depthwise if layer.passes and not bool(members[layer.numbers].all())]
+            if not failed:
+                return
+            for layer in failed:
+                layer.passes = False
+            self._read()
+
+    # ---- reading
+
+    def _survey(self) -> list[Layer]:
+        """Calls each layer once; returns the usable ones in the order of their calls, numbered."""
+        survey = Survey(self.network)
+        try:
+            self.network.run(survey)
+        except Exception as error:
+            raise ValueError(
+                f"{type(self.network.model).__name__} does not run on the example input: {error} "
+                "Give what it is called with, as in model(*inputs)."
+            ) from error
+        if len(survey.order) < len(self.network.layers):
+            survey = self._survey_training_path(survey)
+        if survey.nan_outputs:
+            raise ValueError(
+                "The network's output is NaN for the example input, so its units cannot be told apart by NaN. Give "
+                "an example (and parameters) for which the output is finite."
+            )
+        survey.mark()
+        layers = [layer for layer in survey.order if layer.reason is None]
+        first = 0
+        for layer in layers:
+            layer.first = first
+            first += layer.size
+        return layers
+
+    def _survey_training_path(self, evaluation: Survey) -> Survey:
+        """Layers that only training calls (auxiliary heads) count: then training's path is probed."""
+        self.network.training_path = True
+        training = Survey(self.network)
+        try:
+            self.network.run(training)
+        except Exception:  # training may want what no example has, for instance targets
+            training = evaluation
+        if set(training.calls) > set(evaluation.calls):
+            return training
+        self.network.training_path = False
+        return evaluation
+
+    def _read(self) -> None:
+        found = FindGates(self.network, self.count)
+        self.network.run(found)
+        words = codewords(self.count)
+        codes: dict[Site, Tensor] = {}
+        for bit in range(int(words.max()).bit_length()):
+            self.network.run(ReadCodes(self.network, (words >> bit & 1).bool(), bit, found, codes))
+        self.gates = found.gates
+        self.units = {}
+        sorted_words, order = words.sort()
+        unusable = {Site("column", layer.name) for layer in self.network.layers if layer.reason is not None}
+        for site, code in codes.items():
+            place = torch.searchsorted(sorted_words, code).clamp(max=self.count - 1)
+            known = (sorted_words[place] == code) & (site not in unusable)
+            self.units[site] = torch.where(known, order[place], -1)
+        self._join()
+
+    def _join(self) -> None:
+        """Gives each unit that belongs to another its root: the channels of passed depthwise convolutions, and gates.
+
+        A gate that would belong to two units, or that meets nobody's value, belongs to none: the proof then sees it
+        escape.
+        """
+        root = list(range(self.count))
+        self.is_gate = torch.zeros(self.count, dtype=torch.bool)
+
+        def find(unit: int) -> int:
+            while root[unit] != unit:
+                unit = root[unit]
+            return unit
+
+        for layer in self.layers:
+            if layer.passes:
+                feeding = (
+                    self.units[Site("depthwise", layer.name)].repeat_interleave(layer.size // layer.columns).tolist()
+                )
+                for unit, feeds in zip(layer.numbers.tolist(), feeding, strict=True):
+                    root[unit] = feeds if feeds >= 0 else unit
+        for event in sorted(event for event, gate in self.gates.items() if gate.dim is not None):
+            gates, values = self.units[Site("gate", str(event))], self.units[Site("value", str(event))]
+            for channel, (gate, value) in enumerate(zip(gates.tolist(), values.tolist(), strict=True)):
+                if gate < 0:
+                    continue
+                if value < 0 or (root[gate] != gate and find(gate) != find(value)):
+                    gates[channel] = -1
+                elif find(value) != gate:
+                    root[gate] = find(value)
+                    self.is_gate[gate] = True
+        self.root = torch.tensor([find(unit) for unit in range(self.count)], dtype=torch.int64)
+
+    # ---- grouping
+
+    def groups(self) -> list[Group]:
+        """The units that have a column somewhere, by layer and by how they are wired."""
+        wired = torch.zeros(self.count, dtype=torch.bool)
+        # Adding one large odd number per use: equal sums are equally wired units (up to a chance of 2^-60).
+        generator = torch.Generator().manual_seed(0)
+        signature = torch.zeros(self.count, dtype=torch.int64)
+
+        def add(units: Tensor) -> None:
+            multiplier = torch.randint(1 << 62, (), generator=generator)
+            units = self.root[units[units >= 0]]
+            signature.index_add_(0, units, multiplier.expand(len(units)))
+
+        for layer in self.layers:
+            add(layer.numbers)
+        for site, units in self.units.items():
+            if site.role in ("column", "norm", "activation"):
+                add(units)
+            if site.role == "column":
+                wired[self.root[units[units >= 0]]] = True
+        found = []
+        for layer in self.layers:
+            numbers = layer.numbers
+            numbers = numbers[wired[numbers] & (self.root[numbers] == numbers)]
+            for value in _unique_in_order(signature[numbers]):
+                found.append(Group(layer, numbers[signature[numbers] == value]))
+        return found
+
+    def members(self, groups: Sequence[Group]) -> Tensor:
+        """Which units belong to the groups, as a mask."""
+        roots = torch.zeros(self.count, dtype=torch.bool)
+        for group in groups:
+            roots[group.roots] = True
+        return roots[self.root]
+
+    # ---- proof
+
+    def _prove(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups whose units reach their own columns and nothing else."""
+        proven = _largest_part(groups, self._none_escapes)
+        for group in proven:
+            group.exact = not self._is_read_at_mixing_norm(group)
+        candidates = [group for group in proven if group.exact]
+        silent = _largest_part(candidates, self._output_ignores_noise)
+        for group in candidates:
+            if group not in silent:
+                # A mixing norm may see the units where others' are in the same channel of another position.
+                group.exact = False
+                if not self.escape(self.members([group])).mixing_norms:
+                    proven.remove(group)
+        return proven
+
+    def _is_read_at_mixing_norm(self, group: Group) -> bool:
+        return any(
+            bool(torch.isin(self.root[units[units >= 0]], group.roots).any())
+            for site, units in self.units.items()
+            if site.role == "norm" and site.name in self.network.mixing
+        )
+
+    def _none_escapes(self, groups: Sequence[Group]) -> bool:
+        return self.escape(self.members(groups)).escape is None
+
+    def escape(self, members: Tensor) -> Proof:
+        """Runs the proof for the units of a mask."""
+        proof = Proof(self.network, members, self.units, self.gates)
+        self.network.run(proof)
+        return proof
+
+    def _output_ignores_noise(self, groups: Sequence[Group]) -> bool:
+        """Whether the output is the same to the last bit whatever half of the units carry, and then the other half."""
+        members = self.members(groups)
+        half = torch.rand(self.count, generator=torch.Generator().manual_seed(0)) < 0.5
+        for chosen in (half, ~half):
+            noisy = members & chosen[self.root]
+            first, second = (
+                list(tensors_in(self.network.run(Noise(self.network, noisy, self.units, seed)))) for seed in (0, 1)
+            )
+            if not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
+                return False
+        return True
+
+
+def _unique_in_order(values: Tensor) -> list[int]:
+    return list(dict.fromkeys(values.tolist()))
+
+
+def _largest_part(
+    groups: Sequence[Group], holds: Callable[[Sequence[Group]], bool], known_to_fail: bool = False
+) -> list[Group]:
+    """All groups for which ``holds``: tested together, and only a failure is split up."""
+    if not groups or (not known_to_fail and holds(groups)):
+        return list(groups)
+    if len(groups) == 1:
+        return []
+    half = len(groups) // 2
+    left = _largest_part(groups[:half], holds)
+    return left + _largest_part(groups[half:], holds, known_to_fail=len(left) == half)
