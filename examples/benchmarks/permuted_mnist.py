@@ -10,7 +10,6 @@ begins runs that were interrupted anew; several calls at once may share the file
 """
 
 import argparse
-import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from study_rows import Curves, mean_and_std, write_row
 from torch import Tensor, nn
 
 from lightning_plasticity import (
@@ -174,7 +174,7 @@ def run(network: str, name: str, seed: int, tasks: int, digits: tuple[Tensor, Te
             np.save(covariance_file(results, name), covariance.numpy().astype("float32"))
         accuracy = learn(model, optimizer, method, x, y)
         row = {"network": network, "arm": name, "seed": seed, "task": task, "accuracy": accuracy}
-        write_row(results.with_suffix(".csv"), row | measure(model, x[:2000]))
+        write_row(results.with_suffix(".csv"), [*KEY, *MEASURES], row | measure(model, x[:2000]))
     print(f"{network}, {name}, seed {seed}: {accuracy:.1%} in task {tasks}", flush=True)
 
 
@@ -184,43 +184,10 @@ def covariance_file(results: Path, arm: str) -> Path:
     return folder / f"{arm}.npy"
 
 
-# ---- rows
-
-
-def write_row(file: Path, row: dict[str, Any]) -> None:
-    is_new = not file.exists()
-    with file.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, [*KEY, *MEASURES])
-        if is_new:
-            writer.writeheader()
-        writer.writerow({name: f"{x:.5g}" if isinstance(x, float) else x for name, x in row.items()})
-
-
-class Results:
-    """All rows: a measure of a run by task. Where a run was begun anew, its later rows count."""
-
-    def __init__(self, file: Path) -> None:
-        rows = csv.DictReader(file.read_text().splitlines()) if file.exists() else ()
-        self._rows = {(r["network"], r["arm"], int(r["seed"]), int(r["task"])): r for r in rows}
-
-    def seeds(self, network: str, arm: str, tasks: int) -> list[int]:
-        """The seeds of the runs that are complete."""
-        return sorted({s for n, a, s, t in self._rows if (n, a) == (network, arm) and t == tasks})
-
-    def of(self, network: str, arm: str, seed: int, tasks: int, measure: str) -> np.ndarray:
-        """A measure over the tasks of one run."""
-        return np.array([float(self._rows[network, arm, seed, task][measure]) for task in range(1, tasks + 1)])
-
-
 # ---- what came out
 
 
-def mean_and_std(values: Sequence[float], digits: int) -> str:
-    std = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{std}"
-
-
-def table(results: Results, network: str, tasks: int) -> str:
+def table(results: Curves, network: str, tasks: int) -> str:
     last = f"tasks {max(1, tasks - LAST_TASKS + 1)} to {tasks}"
     lines = [
         f"| arm | seeds | accuracy, task 1, % | {last}, % | all tasks, % | published | dead units, % | effective rank "
@@ -228,10 +195,10 @@ def table(results: Results, network: str, tasks: int) -> str:
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, arm in ARMS.items():
-        seeds = results.seeds(network, name, tasks)
+        seeds = results.seeds(network, name, last=tasks)
         if not seeds:
             continue
-        curves = {m: np.array([results.of(network, name, s, tasks, m) for s in seeds]) for m in MEASURES}
+        curves = {m: results.of(network, name, times=range(1, tasks + 1), measure=m) for m in MEASURES}
         accuracy = 100 * curves["accuracy"]
         ends = {m: curve[:, -LAST_TASKS:].mean(1) for m, curve in curves.items()}
         cells = [
@@ -256,7 +223,7 @@ of the weights are taken after a task, as means over the last {last} tasks. ± i
 "Published" is the mean online accuracy in Purice 2025 (3 seeds, more tasks)."""
 
 
-def report(results: Results, tasks: int) -> str:
+def report(results: Curves, tasks: int) -> str:
     parts = ["# Online permuted MNIST", EXPLANATION.format(images=TASK, tasks=tasks, last=LAST_TASKS)]
     for network, activations in NETWORKS.items():
         parts += [f"## {len(activations)} layers: {', '.join(activations)}", table(results, network, tasks)]
@@ -290,10 +257,10 @@ def smooth(curve: np.ndarray, width: int = 5) -> np.ndarray:
     return np.convolve(curve, np.ones(width) / width, "valid")
 
 
-def draw_curves(results: Results, network: str, tasks: int, picture: Path) -> None:
+def draw_curves(results: Curves, network: str, tasks: int, picture: Path) -> None:
     from matplotlib import pyplot
 
-    if tasks < 5 or not any(results.seeds(network, arm, tasks) for arm in STYLES):
+    if tasks < 5 or not any(results.seeds(network, arm, last=tasks) for arm in STYLES):
         return
     # Where all units are tanh, none can be dead.
     state = "weight_magnitude" if set(NETWORKS[network]) == {"tanh"} else "dead_units"
@@ -302,8 +269,8 @@ def draw_curves(results: Results, network: str, tasks: int, picture: Path) -> No
     for axis, measure in zip(axes, ("accuracy", state, "effective_rank"), strict=True):
         axis.set(xlabel="task", title=TITLES[measure])
         for arm, (colour, style) in STYLES.items():
-            curves = [results.of(network, arm, s, tasks, measure) for s in results.seeds(network, arm, tasks)]
-            if curves:
+            curves = results.of(network, arm, times=range(1, tasks + 1), measure=measure)
+            if len(curves):
                 scale = 100 if measure in ("accuracy", "dead_units") else 1
                 y = scale * smooth(np.mean(curves, axis=0))
                 [handles[arm]] = axis.plot(np.arange(3, 3 + len(y)), y, color=colour, linestyle=style)
@@ -338,7 +305,7 @@ def write_report(results: Path, tasks: int) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    found = Results(results.with_suffix(".csv"))
+    found = Curves(results.with_suffix(".csv"), KEY)
     results.with_suffix(".md").write_text(report(found, tasks))
     for network in NETWORKS:
         draw_curves(found, network, tasks, results.with_name(f"{results.name}_{network}.png"))
@@ -364,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for seed in options.seed:
         for network in options.network:
             for arm in options.arm:
-                done = Results(options.results.with_suffix(".csv")).seeds(network, arm, options.tasks)
+                done = Curves(options.results.with_suffix(".csv"), KEY).seeds(network, arm, last=options.tasks)
                 if (network, arm) not in SKIPPED and seed not in done:
                     run(network, arm, seed, options.tasks, digits, options.results)
     write_report(options.results, options.tasks)

@@ -13,7 +13,6 @@ and begins runs that were interrupted anew; several calls at once may share the 
 """
 
 import argparse
-import csv
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from study_rows import Curves, mean_and_std, write_row
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
@@ -161,16 +161,21 @@ def run(name: str, seeds: Sequence[int], examples: int, results: Path) -> None:
         method.attach(learners, optimizer, example_inputs=(torch.zeros(1, len(seeds), INPUTS),))
     streams = [stream(seed) for seed in seeds]
     started = time.perf_counter()
-    for seen in range(BLOCK, examples + 1, BLOCK):
+    for seen in row_times(examples):
         errors = torch.zeros(len(seeds), dtype=torch.float64)
         for _ in range(BLOCK // FLIP_EVERY):
             inputs, targets = (torch.stack(parts, 1) for parts in zip(*map(next, streams), strict=True))
             errors += learn(learners, optimizer, method, inputs, targets) * FLIP_EVERY / BLOCK
         for seed, learner, x, error in zip(seeds, learners.learners, inputs.unbind(1), errors.tolist(), strict=True):
             row = {"arm": name, "seed": seed, "examples": seen, "squared_error": error} | measure(learner, x)
-            write_row(results.with_suffix(".csv"), row)
+            write_row(results.with_suffix(".csv"), [*KEY, *MEASURES], row)
     step = (time.perf_counter() - started) / examples * 1e6
     print(f"{name}, {len(seeds)} seeds: {step:.0f} µs a step, the last error {errors.mean():.3f}", flush=True)
+
+
+def row_times(examples: int) -> range:
+    """The numbers of examples after which rows are written."""
+    return range(BLOCK, examples + 1, BLOCK)
 
 
 @torch.no_grad()
@@ -184,42 +189,7 @@ def measure(learner: nn.Sequential, inputs: Tensor) -> dict[str, float]:
     }
 
 
-# ---- rows
-
-
-def write_row(file: Path, row: dict[str, Any]) -> None:
-    is_new = not file.exists()
-    with file.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, [*KEY, *MEASURES])
-        if is_new:
-            writer.writeheader()
-        writer.writerow({name: f"{x:.5g}" if isinstance(x, float) else x for name, x in row.items()})
-
-
-class Results:
-    """All rows: a measure of a run by examples. Where a run was begun anew, its later rows count."""
-
-    def __init__(self, file: Path) -> None:
-        rows = csv.DictReader(file.read_text().splitlines()) if file.exists() else ()
-        self._rows = {(row["arm"], int(row["seed"]), int(row["examples"])): row for row in rows}
-
-    def seeds(self, arm: str, examples: int) -> list[int]:
-        """The seeds of the runs that are complete."""
-        return sorted(seed for name, seed, seen in self._rows if (name, seen) == (arm, examples))
-
-    def curves(self, arm: str, examples: int, measure: str) -> np.ndarray:
-        """A measure of all complete runs: seeds, blocks."""
-        blocks = range(BLOCK, examples + 1, BLOCK)
-        seeds = self.seeds(arm, examples)
-        return np.array([[float(self._rows[arm, seed, seen][measure]) for seen in blocks] for seed in seeds])
-
-
 # ---- what came out
-
-
-def mean_and_std(values: np.ndarray, digits: int) -> str:
-    std = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{std}"
 
 
 EXPLANATION = """Written by `slowly_changing_regression.py`. {examples:,} examples, batch 1, SGD with step size 0.01,
@@ -232,45 +202,46 @@ and the mean size of the weights are means over the last {ends:,} examples. Publ
 SGD and Adam rises, that of Continual Backprop stays."""
 
 
-def report(results: Results, examples: int) -> str:
-    ends = ENDS * BLOCK
+def report(results: Curves, examples: int) -> str:
+    ends, times = ENDS * BLOCK, row_times(examples)
     lines = [
         f"| arm | seeds | error, first {ends:,} | error, last {ends:,} | change | seeds where it rose | dead units, % "
         "| effective rank | weight magnitude |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for arm in ARMS:
-        if not results.seeds(arm, examples):
+        if not results.seeds(arm, last=examples):
             continue
-        error = results.curves(arm, examples, "squared_error")
+        error = results.of(arm, times=times, measure="squared_error")
         first, last = error[:, :ENDS].mean(1), error[:, -ENDS:].mean(1)
         cells = [arm, str(len(error)), *(mean_and_std(x, 3) for x in (first, last, last - first))]
         cells.append(f"{(last > first).sum()} of {len(error)}")
         for measure, scale in (("dead_units", 100), ("effective_rank", 1), ("weight_magnitude", 1)):
-            at_the_end = results.curves(arm, examples, measure)[:, -ENDS:].mean(1)
+            at_the_end = results.of(arm, times=times, measure=measure)[:, -ENDS:].mean(1)
             cells.append(mean_and_std(scale * at_the_end, 1 if scale == 100 else 2))
         lines.append(f"| {' | '.join(cells)} |")
     explanation = EXPLANATION.format(examples=examples, hidden=HIDDEN, probe=FLIP_EVERY, ends=ends)
     return f"# Slowly-changing regression\n\n{explanation}\n\n" + "\n".join(lines) + "\n"
 
 
-def draw(results: Results, examples: int, picture: Path) -> None:
+def draw(results: Curves, examples: int, picture: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    complete = [name for name in ARMS if results.seeds(name, examples)]
+    complete = [name for name in ARMS if results.seeds(name, last=examples)]
     optimizers = dict.fromkeys(name.split(",")[0] for name in complete)
     if not optimizers:
         return
     size = (2 + 2.7 * len(optimizers), 3.8)
     figure, axes = pyplot.subplots(1, len(optimizers), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    seen = np.arange(BLOCK, examples + 1, BLOCK) / 1e6
+    times = row_times(examples)
+    seen = np.array(times) / 1e6
     for axis, optimizer in zip(axes[0], optimizers, strict=True):
         axis.set(title=optimizer, xlabel="examples, millions")
         for name in (name for name in complete if name.split(",")[0] == optimizer):
-            error = results.curves(name, examples, "squared_error")
+            error = results.of(name, times=times, measure="squared_error")
             mean, std, arm = error.mean(0), error.std(0, ddof=min(1, len(error) - 1)), ARMS[name]
             label = "plain" if arm.method is None else "ContinualBackprop"
             axis.plot(seen, mean, color=arm.colour, linestyle=arm.style, label=f"{label}, {len(error)} seeds")
@@ -298,11 +269,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)  # the network is too small to gain from more
     csv_file = options.results.with_suffix(".csv")
     for arm in options.arm:
-        done = Results(csv_file).seeds(arm, options.examples)
+        done = Curves(csv_file, KEY).seeds(arm, last=options.examples)
         missing = [seed for seed in options.seeds if seed not in done]
         if missing:
             run(arm, missing, options.examples, options.results)
-    found = Results(csv_file)
+    found = Curves(csv_file, KEY)
     options.results.with_suffix(".md").write_text(report(found, options.examples))
     draw(found, options.examples, options.results.with_suffix(".png"))
 

@@ -13,7 +13,6 @@ no run trains on.
 """
 
 import argparse
-import csv
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from study_rows import read_rows, write_row
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -231,21 +231,11 @@ def text(coefficients: Coefficients) -> str:
     return ", ".join(f"{x:g}" for x in coefficients)
 
 
-def write_row(file: Path, row: dict[str, Any]) -> None:
-    is_new = not file.exists()
-    with file.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, [*KEY, *MEASURES])
-        if is_new:
-            writer.writeheader()
-        writer.writerow({name: f"{x:.4f}" if isinstance(x, float) else x for name, x in row.items()})
-
-
 class Results:
     """All rows."""
 
     def __init__(self, file: Path) -> None:
-        rows = csv.DictReader(file.read_text().splitlines()) if file.exists() else ()
-        self._rows = {tuple(row[name] for name in KEY): row for row in rows}
+        self._rows = read_rows(file, KEY)
 
     def find(self, network: str, arm: str, coefficients: Coefficients, seed: int | str) -> dict[str, str] | None:
         """The row of a run, if there is one."""
@@ -377,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         judges = data.validation if is_tuning else data.test
         measured = run(network, ARMS[arm], coefficients, TUNING_SEED if is_tuning else int(seed), data, judges)
         row = {"network": network, "arm": arm, "coefficient": text(coefficients), "seed": seed}
-        write_row(csv_file, row | measured)
+        write_row(csv_file, [*KEY, *MEASURES], row | measured)
         print(f"{', '.join(map(str, row.values()))}: {measured['accuracy']:.1%}", flush=True)
 
     for network, arm in arms:

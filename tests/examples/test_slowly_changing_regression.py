@@ -98,11 +98,11 @@ def test_an_interrupted_run_is_begun_anew(study, tmp_path, monkeypatch):
 
     write, written = study.write_row, []
 
-    def write_three(file, row):
+    def write_three(file, columns, row):
         if len(written) == 3:
             raise KeyboardInterrupt
         written.append(row)
-        write(file, row)
+        write(file, columns, row)
 
     with monkeypatch.context() as patch:
         patch.setattr(study, "write_row", write_three)
