@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
 from lightning_plasticity.units.channels import is_norm, tensors_in
+from lightning_plasticity.units.names import named_modules_as_written
 from lightning_plasticity.units.probing import undisturbed
 
 INPUT = ""  # what the network's own inputs carry
@@ -120,7 +121,7 @@ def _quietly(
 def _run_traced(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Flow:
     tracer = _Tracer()
     handles = []
-    for name, module in model.named_modules():
+    for name, module in named_modules_as_written(model):
         if isinstance(module, _WITH_WEIGHTS) or _normalises(module):
             handles.append(module.register_forward_pre_hook(tracer.before(name), with_kwargs=True))
             handles.append(module.register_forward_hook(tracer.after(name)))

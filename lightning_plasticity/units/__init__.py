@@ -1,6 +1,8 @@
 """Which hidden units a network has: the weights that make each, and the weights that use it."""
 
-from lightning_plasticity.units.find import Findings, HiddenUnits, Slots, explore, find_units, original, table
+from lightning_plasticity.units.find import Findings, HiddenUnits, Slots, explore, find_units, table
+from lightning_plasticity.units.names import named_modules_as_written, original
+from lightning_plasticity.units.probing import is_examining
 
 __all__ = [
     "Findings",
@@ -8,6 +10,8 @@ __all__ = [
     "Slots",
     "explore",
     "find_units",
+    "is_examining",
+    "named_modules_as_written",
     "original",
     "table",
 ]

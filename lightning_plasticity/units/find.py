@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from lightning_plasticity.units.names import original as original
 from lightning_plasticity.units.probing import Network, undisturbed
 from lightning_plasticity.units.wiring import Group, Wiring
 
@@ -103,18 +103,6 @@ def explore(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *,
         units = _assemble(wiring)
         left_out = {layer.name: layer.reason for layer in network.layers if layer.reason is not None}
     return Findings(units, left_out, network.runs)
-
-
-def original(model: nn.Module) -> nn.Module:
-    """The module inside the wrappers of ``torch.compile``, of data parallelism and of Fabric."""
-    inside = model
-    if isinstance(model, (DataParallel, DistributedDataParallel)):
-        inside = model.module
-    else:
-        for wrapped in ("_orig_mod", "_original_module"):  # torch.compile's and Fabric's names for it
-            inner = getattr(model, wrapped, None)
-            inside = inner if isinstance(inner, nn.Module) else inside
-    return model if inside is model else original(inside)
 
 
 def _refuse_unprobeable(model: nn.Module) -> None:

@@ -36,6 +36,7 @@ from lightning_plasticity.units.channels import (
     nan_channels,
     tensors_in,
 )
+from lightning_plasticity.units.names import named_modules_as_written
 
 # Layers that mix their input channels in a way for which no column of one weight belongs to one input channel.
 _OPAQUE = (_ConvTransposeNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
@@ -64,15 +65,37 @@ class StopRun(BaseException):
     """Ends a run early. Not an ``Exception``, so that a network's own handlers let it through."""
 
 
+_examinations = 0  # how many are going on, one inside another
+
+
+def is_examining() -> bool:
+    """Whether a network is being examined: then its calls are no training, and hooks on it have nothing to hear.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> with undisturbed(model):
+        ...     is_examining()
+        True
+        >>> is_examining()
+        False
+    """
+    return _examinations > 0
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Puts training flags, buffers and every random state back as they were."""
+    """Examines a network: puts training flags, buffers and every random state back as they were.
+
+    Meanwhile :func:`is_examining` is true.
+    """
+    global _examinations
     import numpy as np
 
     flags = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    _examinations += 1
     try:
         # dispatches on one accelerator type at a time; a network on two types of accelerators does not occur
         kind = next((d.type for d in devices), "cuda")
@@ -80,6 +103,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices=indices, device_type=kind):
             yield
     finally:
+        _examinations -= 1
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         for module, training in flags.items():
@@ -96,7 +120,7 @@ class Network:
 
     def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs
-        modules = dict(model.named_modules())
+        modules = dict(named_modules_as_written(model))
         self.layers = [
             Layer(name, m)
             for name, m in modules.items()
@@ -112,9 +136,9 @@ class Network:
 
     def _mark_unusable_weights(self) -> None:
         owners: dict[int, list[str]] = defaultdict(list)
-        for name, module in self.model.named_modules():
+        for name, module in named_modules_as_written(self.model):
             for key, parameter in module.named_parameters(recurse=False):
-                owners[id(parameter)].append(f"{name}.{key}")
+                owners[id(parameter)].append(f"{name}.{key}".lstrip("."))
         for layer in self.layers:
             weight = layer.module._parameters.get("weight")
             if weight is None:
@@ -122,7 +146,7 @@ class Network:
             elif not weight.is_floating_point():
                 layer.reason = f"its weight has the type {weight.dtype}, not a floating-point one"
             elif len(owners[id(weight)]) > 1:
-                others = ", ".join(o for o in owners[id(weight)] if o != f"{layer.name}.weight")
+                others = ", ".join(o for o in owners[id(weight)] if o != f"{layer.name}.weight".lstrip("."))
                 layer.reason = f"it shares its weight with {others}"
 
     def set_modes(self) -> None:

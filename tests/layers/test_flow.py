@@ -95,6 +95,11 @@ def test_the_parts_of_a_transformer_layer_are_seen_though_evaluation_would_skip_
     }
 
 
+def test_compiling_a_part_changes_no_name():
+    model = nn.Sequential(torch.compile(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), backend="eager"))
+    assert sources(model, torch.randn(3, 4)) == {"0.0": {INPUT}, "0.1": {"0.0"}}
+
+
 def test_everything_is_as_it_was():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 2))
     model[2].eval()

@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_plasticity.units import __main__ as command
-from lightning_plasticity.units import explore
+from lightning_plasticity.units import explore, is_examining
 from lightning_plasticity.units.find import HiddenUnits, Slots, find_units
+from lightning_plasticity.units.probing import undisturbed
 from units.property_check import holds, invalid, output_change
 
 
@@ -423,8 +424,13 @@ def test_lightning_module_and_compiled_module():
     assert {units.name for units in find_units(Module(), *VECTOR)} == {"net.0", "net.2"}
     compiled = torch.compile(mlp(), backend="eager")
     assert {units.name for units in find_units(compiled, *VECTOR)} == {"0", "2"}
-    nested = nn.Sequential(torch.compile(mlp(), backend="eager"))
-    assert {units.name for units in find_units(nested, *VECTOR)} == {"0._orig_mod.0", "0._orig_mod.2"}
+    inner = nn.Sequential(torch.compile(nn.Linear(6, 9), backend="eager"), nn.ReLU(), nn.Linear(9, 6))
+    nested = nn.Sequential(torch.compile(inner, backend="eager"), torch.compile(mlp(), backend="eager"))
+    found = find_units(nested, *VECTOR)
+    assert {units.name for units in found} == {"0.0", "0.2", "1.0", "1.2"}
+    assert modules(found[0].consumers) == ["0.2"]
+    assert isinstance(nested.get_submodule("0.0"), nn.Module)
+    assert nested.get_submodule("0.2").weight is inner[2].weight
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -484,6 +490,30 @@ def test_the_model_is_as_it_was():
         warnings.simplefilter("error")
         find_units(model, *IMAGE)
     torch.testing.assert_close(state(), before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_hooks_can_tell_that_a_network_is_being_examined():
+    model, heard = mlp(), []
+    model[0].register_forward_hook(lambda *_: heard.append(is_examining()))
+    find_units(model, *VECTOR)
+    assert heard
+    assert all(heard)
+    with undisturbed(model), undisturbed(model[0]):
+        assert is_examining()
+    model(*VECTOR)
+    with pytest.raises(KeyError), undisturbed(model):
+        raise KeyError
+    model(*VECTOR)
+    assert heard[-2:] == [False, False]
+
+
+def test_a_layer_that_is_the_whole_network_has_no_name(capsys):
+    shared = nn.Linear(6, 6)
+    shared.again = nn.Linear(6, 6)
+    shared.again.weight = shared.weight
+    assert find_units(shared, *VECTOR, explain=True) == []
+    assert explore(nn.Linear(6, 2), VECTOR, {}).left_out == {"": "its units reach the network's output"}
+    assert "shares its weight with again.weight" in capsys.readouterr().out
 
 
 def test_time_grows_with_the_logarithm_of_the_channels():
