@@ -53,4 +53,4 @@ def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[
 
 def _inside(module: nn.Module) -> nn.Module | None:
     """The module that a wrapper stands for, None where the module is no wrapper."""
-    return next((inner for key in _WRAPPED if (inner := module._modules.get(key)) is not None), None)
+    return next((module._modules[key] for key in _WRAPPED if key in module._modules), None)
