@@ -218,8 +218,9 @@ class SelectiveReinit(ScheduledCallback):
                 )
                 self._applied_to = None
             return
+        biases = self._biases()
         self._act()
-        self._zero_biases()
+        self.editor.write(biases, [torch.zeros_like(bias) for bias in biases])
         self._applied, self._applied_to = True, weakref.ref(self.model)
         if self._trainer is not None:
             self._log(self._trainer, self._shares(), self._trainer.global_step)
@@ -254,30 +255,34 @@ class SelectiveReinit(ScheduledCallback):
 
     @override
     def _act(self) -> None:
-        self._renewed, due = {}, self._due()
-        for name, weight in self._weights.items():
-            values = self._utility(name, weight) if id(weight) in due else None
-            if values is not None:
-                self._renewed[name] = self._renew(name, weight, values), weight.numel()
-        if not self._renewed:
+        due = self._due()
+        judged = {name: w for name, w in self._weights.items() if id(w) in due and self._is_judged(name, w)}
+        if not judged:
             raise RuntimeError(
                 f"{type(self).__name__} needs weights that are trained and, with utility='gradient', have a gradient, "
                 "but found none. In a plain loop, call step() before zero_grad()."
             )
+        self._renewed = {name: (self._renew(name, weight), weight.numel()) for name, weight in judged.items()}
         if not self._has_reported:
             self._has_reported = True
             self._report()
 
-    def _utility(self, name: str, weight: Tensor) -> Tensor | None:
-        """What ranks the weights by its magnitude; None where no gradient has been seen."""
-        if self.utility == "magnitude":
-            return weight
+    def _is_judged(self, name: str, weight: Tensor) -> bool:
+        """Whether something is known by which to rank the weights."""
+        if self._averages_gradients:
+            return name in self._averages
+        return self.utility == "magnitude" or weight.grad is not None
+
+    def _utility(self, name: str, weight: Tensor) -> Tensor:
+        """What ranks the weights by its magnitude."""
         if self._averages_gradients:
             return self._averages.read(name)
-        return None if weight.grad is None else gradient_utilities([weight], [weight.grad])[0]
+        if weight.grad is None or self.utility == "magnitude":
+            return weight
+        return gradient_utilities([weight], [weight.grad])[0]
 
-    def _renew(self, name: str, weight: Tensor, utility: Tensor) -> int:
-        mask = self._choose(utility)
+    def _renew(self, name: str, weight: Tensor) -> int:
+        mask = self._choose(self._utility(name, weight))
         generator = self.draws.generator(weight.device)
         if self.reinit == "init":
             new = self._initial.draw(name, generator)[mask]
@@ -306,12 +311,13 @@ class SelectiveReinit(ScheduledCallback):
         # After an epoch the gradients may be gone: a run that resumes there has none.
         return self.utility == "gradient" and (self.decay_rate > 0 or self.schedule.every_n_epochs is not None)
 
-    def _zero_biases(self) -> None:
-        if self.zero_biases:
-            found = find_biases(self.model, self.module or "", self.patterns, of_norms=self.zero_biases == "all")
-            due = self._due()
-            biases = [bias for bias in found if id(bias) in due]
-            self.editor.write(biases, [torch.zeros_like(bias) for bias in biases])
+    def _biases(self) -> list[nn.Parameter]:
+        """Those that are to become 0."""
+        if not self.zero_biases:
+            return []
+        due = self._due()
+        found = find_biases(self.model, self.module or "", self.patterns, of_norms=self.zero_biases == "all")
+        return [bias for bias in found if id(bias) in due]
 
     # ---- what is told
 

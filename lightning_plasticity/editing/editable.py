@@ -1,7 +1,9 @@
-"""What can be edited: parameters that are whole, floating-point and not computed from others."""
+"""What can be edited, parameters that are whole, floating-point and not computed from others, and with what."""
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -104,6 +106,45 @@ def check_norm(module: nn.Module, name: str) -> None:
         raise ValueError(
             f"Resetting a normalisation module needs its reset_parameters(), but {name!r}, a {kind}, has none. "
             "Add one that sets the initial values, or exclude the module."
+        )
+
+
+def check_mask(parameter: Tensor, mask: Tensor) -> None:
+    """Raise if a mask does not fit a parameter, or that cannot be written to."""
+    check_parameter(parameter, "the parameter")
+    if mask.dtype != torch.bool or mask.shape != parameter.shape:
+        raise ValueError(
+            f"A masked edit needs a mask of torch.bool and shape {tuple(parameter.shape)}, "
+            f"but it is of {mask.dtype} and shape {tuple(mask.shape)}."
+        )
+
+
+def check_index(index: Tensor, parameter: Tensor, size: int, name: str) -> None:
+    """Raise if an index is not one of places from 0 to ``size`` on the parameter's device."""
+    if index.dtype != torch.int64 or index.dim() != 1 or index.device != parameter.device:
+        raise ValueError(
+            f"An edit of {name!r} needs a LongTensor with one dimension on {parameter.device}, "
+            f"but got {index.dtype} of shape {tuple(index.shape)} on {index.device}."
+        )
+    if index.device.type == "cpu" and len(index):  # on CUDA this would wait
+        first, last = (int(bound) for bound in torch.aminmax(index))
+        if first < 0 or last >= size:
+            raise ValueError(f"An edit of {name!r} needs numbers from 0 to {size - 1}, but got {first} to {last}.")
+
+
+def check_device(values: Tensor, parameter: Tensor) -> None:
+    """Raise if new values, more than a single one, are on another device than the parameter."""
+    if values.dim() and values.device != parameter.device:
+        raise ValueError(f"An edit needs values on {parameter.device}, but they are on {values.device}.")
+
+
+def check_pairs(tensors: Sequence[Tensor], others: Sequence[Tensor], edit: str, what: str) -> None:
+    """Raise if there is not one of the others, of its shape, for each tensor."""
+    wanted, got = [tensor.shape for tensor in tensors], [other.shape for other in others]
+    if wanted != got:
+        raise ValueError(
+            f"{edit} needs {what} of the shapes {[tuple(shape) for shape in wanted]}, "
+            f"but got {[tuple(shape) for shape in got]}."
         )
 
 

@@ -1,7 +1,8 @@
 """The only code that writes to parameters, normalisation statistics and optimizer state.
 
 Every edit is made in place, under ``no_grad``, by indexing: a parameter keeps its identity, its storage and its layout.
-Nothing waits for the device, so that an index out of range is reported by PyTorch (on CUDA: some time later).
+All is checked before anything is written: an edit that fails has changed nothing. Nothing waits for a device: an index
+out of range, and too few values for a mask, are seen beforehand on the CPU only, and reported by PyTorch on CUDA.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,9 +15,12 @@ from torch.optim import Optimizer
 from lightning_plasticity.editing.editable import (
     EDITABLE_LAYERS,
     EditableLayer,
+    check_device,
+    check_index,
     check_layer,
+    check_mask,
     check_norm,
-    check_parameter,
+    check_pairs,
     own_entries,
 )
 from lightning_plasticity.editing.initial import copy_to_cpu, reset_on_cpu
@@ -35,10 +39,10 @@ class Editor:
     shape (Adafactor's factors, the history of LBFGS) stays too, and a warning says so once. Of two parameters over the
     same memory only the one that is named has its state reset; one parameter that two modules share is no such case.
 
-    Indices are distinct ``LongTensor``s on the parameter's device, and may be empty. To replace units of several
-    layers, first :meth:`shift_bias` for all, then :meth:`redraw_rows` and :meth:`reset_norm` for all, then
-    :meth:`zero_columns` for all: then biases are shifted by the old weights, a new unit's bias is 0 whatever was
-    shifted into it, and an outgoing 0 wins over a redrawn row.
+    Indices are distinct ``LongTensor``s on the parameter's device. They may be empty, as may lists of tensors. To
+    replace units of several layers, first :meth:`shift_bias` for all, then :meth:`redraw_rows` and :meth:`reset_norm`
+    for all, then :meth:`zero_columns` for all: then biases are shifted by the old weights, a new unit's bias is 0
+    whatever was shifted into it, and an outgoing 0 wins over a redrawn row.
 
     Args:
         model: The network, in which modules are looked up by their qualified names.
@@ -75,13 +79,14 @@ class Editor:
     def redraw_rows(self, module: str, rows: Tensor, values: Tensor) -> None:
         """Set these rows (outputs) of a layer's weight to ``values`` and of its bias, if it has one, to 0."""
         layer = self._layer(module)
-        _check_index(rows, layer.weight, module)
+        check_index(rows, layer.weight, layer.weight.shape[0], module)
         shape = (len(rows), *layer.weight.shape[1:])
         if values.shape != shape:
             raise ValueError(
                 f"redraw_rows needs values of shape {shape} for {len(rows)} rows of {module!r}, "
                 f"but their shape is {tuple(values.shape)}."
             )
+        check_device(values, layer.weight)
         self._assign(layer.weight, (rows,), values)
         self.zero_bias(module, rows)
 
@@ -89,7 +94,7 @@ class Editor:
     def scale_rows(self, module: str, rows: Tensor, factor: float) -> None:
         """Multiply these rows (outputs) of a layer's weight and bias by ``factor``."""
         layer = self._layer(module)
-        _check_index(rows, layer.weight, module)
+        check_index(rows, layer.weight, layer.weight.shape[0], module)
         for parameter in (layer.weight, layer.bias):
             if parameter is not None:
                 self._assign(parameter, (rows,), parameter[rows] * factor)
@@ -98,7 +103,7 @@ class Editor:
     def zero_bias(self, module: str, rows: Tensor) -> None:
         """Set these entries of a layer's bias to 0; a layer without bias stays as it is."""
         layer = self._layer(module)
-        _check_index(rows, layer.weight, module)
+        check_index(rows, layer.weight, layer.weight.shape[0], module)
         if layer.bias is not None:
             self._assign(layer.bias, (rows,), layer.bias.new_zeros(()))
 
@@ -106,7 +111,7 @@ class Editor:
     def zero_columns(self, module: str, columns: Tensor) -> None:
         """Set to 0 what a layer multiplies these inputs (features, or channels of a convolution with any groups) by."""
         layer = self._layer(module)
-        _check_index(columns, layer.weight, module)
+        check_index(columns, layer.weight, _groups(layer) * layer.weight.shape[1], module)
         self._assign(layer.weight, _by_group(columns, layer), layer.weight.new_zeros(()), groups=_groups(layer))
 
     @torch.no_grad()
@@ -117,7 +122,7 @@ class Editor:
         bias stays as it is.
         """
         layer = self._layer(module)
-        _check_index(columns, layer.weight, module)
+        check_index(columns, layer.weight, _groups(layer) * layer.weight.shape[1], module)
         if amounts.shape != columns.shape:
             raise ValueError(
                 f"shift_bias needs one amount for each of {len(columns)} columns of {module!r}, "
@@ -149,21 +154,25 @@ class Editor:
         norm = self._find(module)
         if module not in self._initial_norms:
             self._initial_norms[module] = _initial_norm(norm, module)
-        for name, initial in self._initial_norms[module].items():
-            tensor: Tensor = getattr(norm, name)
-            _check_index(entries, tensor, module)
+        parts: list[tuple[Tensor, Tensor]] = [
+            (getattr(norm, name), initial) for name, initial in self._initial_norms[module].items()
+        ]
+        for tensor, _ in parts:
+            check_index(entries, tensor, tensor.numel(), module)
+        for tensor, initial in parts:
             index = _unravelled(entries, tensor.shape)
             self._assign(tensor, index, initial.to(tensor.device)[index])
 
     @torch.no_grad()
     def write_masked(self, parameter: Tensor, mask: Tensor, values: Tensor) -> None:
         """Set a parameter to ``values`` (of its shape, or one for all) where ``mask`` is true."""
-        _check_mask(parameter, mask)
+        check_mask(parameter, mask)
         shape = tuple(parameter.shape)
         if values.shape not in ((), shape):
             raise ValueError(
                 f"write_masked needs one value or values of shape {shape}, but their shape is {tuple(values.shape)}."
             )
+        check_device(values, parameter)
         torch.where(mask, values.to(parameter.dtype), parameter, out=parameter)
         self._reset_masked(parameter, mask)
 
@@ -174,9 +183,12 @@ class Editor:
         As ``write_masked``, without values for the entries that stay: ``values`` has one dimension, and as many entries
         as ``mask`` has true ones.
         """
-        _check_mask(parameter, mask)
+        check_mask(parameter, mask)
         if values.dim() != 1:
             raise ValueError(f"write_packed needs values of one dimension, but their shape is {tuple(values.shape)}.")
+        check_device(values, parameter)
+        if mask.device.type == "cpu" and len(values) != (count := int(torch.count_nonzero(mask))):
+            raise ValueError(f"write_packed needs a value for each of {count} masked entries, but got {len(values)}.")
         parameter.masked_scatter_(mask, values.to(parameter.dtype))
         self._reset_masked(parameter, mask)
 
@@ -187,25 +199,39 @@ class Editor:
     @torch.no_grad()
     def write(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Set whole parameters or buffers to ``values``."""
-        torch._foreach_copy_(list(tensors), list(values))
-        self._reset_state(tensors)
+        check_pairs(tensors, values, "write", "values")
+        if tensors:
+            torch._foreach_copy_(list(tensors), list(values))
+            self._reset_state(tensors)
 
     @torch.no_grad()
     def scale(self, tensors: Sequence[Tensor], factors: Sequence[Tensor] | float) -> None:
         """Multiply whole parameters or buffers by a number, or each by its own tensor without dimensions."""
-        torch._foreach_mul_(list(tensors), factors if isinstance(factors, float | int) else list(factors))
-        self._reset_state(tensors)
+        if not isinstance(factors, float | int):
+            factors = list(factors)
+            if len(factors) != len(tensors) or any(factor.dim() for factor in factors):
+                raise ValueError(
+                    f"scale needs one number, or a tensor without dimensions for each of {len(tensors)} tensors, "
+                    f"but got tensors of the shapes {[tuple(factor.shape) for factor in factors]}."
+                )
+        if tensors:
+            torch._foreach_mul_(list(tensors), factors)
+            self._reset_state(tensors)
 
     @torch.no_grad()
     def add(self, tensors: Sequence[Tensor], amounts: Sequence[Tensor], factor: float = 1.0) -> None:
         """Add ``factor * amounts`` to whole parameters or buffers."""
-        torch._foreach_add_(list(tensors), list(amounts), alpha=factor)
-        self._reset_state(tensors)
+        check_pairs(tensors, amounts, "add", "amounts")
+        if tensors:
+            torch._foreach_add_(list(tensors), list(amounts), alpha=factor)
+            self._reset_state(tensors)
 
     @torch.no_grad()
     def clamp(self, tensors: Sequence[Tensor], limit: float) -> None:
         """Bring every entry into ``[-limit, limit]``. Optimizer state stays: a bound renews nothing."""
-        if tensors and tensors[0].device.type == "cpu":  # one pass over each instead of two
+        if not tensors:
+            return
+        if tensors[0].device.type == "cpu":  # one pass over each instead of two
             for tensor in tensors:
                 tensor.clamp_(-limit, limit)
         else:
@@ -247,15 +273,6 @@ class Editor:
                 state.copy_(initial)
 
 
-def _check_mask(parameter: Tensor, mask: Tensor) -> None:
-    check_parameter(parameter, "the parameter")
-    if mask.dtype != torch.bool or mask.shape != parameter.shape:
-        raise ValueError(
-            f"A masked edit needs a mask of torch.bool and shape {tuple(parameter.shape)}, "
-            f"but it is of {mask.dtype} and shape {tuple(mask.shape)}."
-        )
-
-
 def _initial_norm(norm: nn.Module, name: str) -> dict[str, Tensor]:
     if isinstance(norm, EDITABLE_LAYERS):
         raise ValueError(
@@ -268,14 +285,6 @@ def _initial_norm(norm: nn.Module, name: str) -> dict[str, Tensor]:
     twin = copy_to_cpu(norm)
     reset_on_cpu(twin, seed=0)
     return {name: getattr(twin, name).detach().to(tensor) for name, tensor in tensors.items()}
-
-
-def _check_index(index: Tensor, parameter: Tensor, name: str) -> None:
-    if index.dtype != torch.int64 or index.dim() != 1 or index.device != parameter.device:
-        raise ValueError(
-            f"An edit of {name!r} needs a LongTensor with one dimension on {parameter.device}, "
-            f"but got {index.dtype} of shape {tuple(index.shape)} on {index.device}."
-        )
 
 
 def _groups(layer: EditableLayer) -> int:

@@ -49,10 +49,12 @@ class GradientUtility:
         same_types = [utility.to(average.dtype) for utility, average in zip(utilities, averages, strict=True)]
         torch._foreach_lerp_(averages, same_types, 1 - self._decay_rate)
 
-    def read(self, name: str) -> Tensor | None:
-        """The average of a tensor of weights; None before its first gradient."""
-        if name not in self._averages:
-            return None
+    def __contains__(self, name: str) -> bool:
+        """Whether a gradient of a tensor of weights has been seen."""
+        return name in self._averages
+
+    def read(self, name: str) -> Tensor:
+        """The average of a tensor of weights, of which a gradient has been seen."""
         return self._averages[name] / (1 - self._decay_rate ** self._updates[name])
 
     def renew(self, name: str, mask: Tensor) -> None:

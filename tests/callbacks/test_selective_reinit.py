@@ -339,6 +339,19 @@ def test_biases() -> None:
         assert all(not model.get_parameter(name).any() for name in expected)
 
 
+@pytest.mark.parametrize("zero_biases", [True, "all"])
+def test_a_model_without_trained_biases(zero_biases: Any) -> None:
+    """As large language models are made, and as adapters leave them."""
+    without = nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 2, bias=False))
+    frozen = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    for name, parameter in frozen.named_parameters():
+        parameter.requires_grad_(name == "0.weight")
+    for model, expected in ((without, ["0.weight", "2.weight"]), (frozen, ["0.weight"])):
+        before = snapshot(model)
+        SelectiveReinit(0.5, zero_biases=zero_biases).attach(model, adam(model.parameters()))
+        assert sorted(changed(model, before)) == expected
+
+
 def test_a_schedule_leaves_biases_alone() -> None:
     model = mixed()
     method = SelectiveReinit(0.5, "normal", every_n_train_steps=1).attach(model)

@@ -722,6 +722,64 @@ def test_bad_input_is_refused() -> None:
     torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
 
 
+def failing_edits(model: nn.Module) -> dict[str, tuple[Callable[[Editor], None], str]]:
+    """Edits of which a part could be made before the fault shows."""
+    two, mask = torch.tensor([0, 2]), torch.ones(2, 3, dtype=torch.bool)
+    weight, bias = model["layer"].weight, model["layer"].bias
+    fits, short, away = torch.ones(2, 3), torch.ones(3), torch.ones(2, 3, device="meta")
+    return {
+        "a row that is not there": (lambda e: e.redraw_rows("layer", two, fits), "from 0 to 1, but got 0 to 2"),
+        "a negative row": (lambda e: e.scale_rows("layer", two - 1, 2.0), "from 0 to 1, but got -1 to 1"),
+        "a bias that is not there": (lambda e: e.zero_bias("layer", two), "from 0 to 1"),
+        "a column that is not there": (lambda e: e.zero_columns("layer", two + 1), "from 0 to 2, but got 1 to 3"),
+        "a group that is not there": (lambda e: e.zero_columns("grouped", two + 2), "from 0 to 3, but got 2 to 4"),
+        "an input that is not there": (lambda e: e.shift_bias("layer", two + 1, short[:2]), "from 0 to 2"),
+        "an entry that is not there": (lambda e: e.reset_norm("norm", two), "from 0 to 1, but got 0 to 2"),
+        "rows on another device": (lambda e: e.redraw_rows("layer", two // 2, away), "on cpu, but they are on meta"),
+        "values on another device": (lambda e: e.write_masked(weight, mask, away), "on cpu, but they are on meta"),
+        "too few values": (lambda e: e.write_packed(weight, mask, torch.ones(5)), "each of 6 masked .* got 5"),
+        "too many values": (lambda e: e.write_packed(weight, mask, torch.ones(7)), "each of 6 masked .* got 7"),
+        "a value too few": (lambda e: e.write([weight, bias], [fits]), r"write needs values of .*\[\(2, 3\), \(2,\)\]"),
+        "a shape": (lambda e: e.write([weight, bias], [fits, torch.ones(1)]), r"but got \[\(2, 3\), \(1,\)\]"),
+        "an amount's shape": (lambda e: e.add([weight, bias], [fits, short]), r"add needs amounts .*\(3,\)\]"),
+        "a factor too few": (lambda e: e.scale([weight, bias], [torch.tensor(2.0)]), "for each of 2 tensors"),
+        "a factor's shape": (lambda e: e.scale([weight, bias], [torch.tensor(2.0), short]), r"\[\(\), \(3,\)\]"),
+    }
+
+
+@pytest.mark.parametrize("case", sorted(failing_edits(nn.ModuleDict({"layer": nn.Linear(3, 2)}))))
+def test_an_edit_that_fails_has_changed_nothing(case: str) -> None:
+    grouped, norm = nn.Conv1d(4, 2, 1, groups=2), nn.BatchNorm1d(2)
+    model = nn.ModuleDict({"layer": nn.Linear(3, 2), "grouped": grouped, "norm": norm})
+    optimizer = train(model, OPTIMIZERS["Adam"])
+    before = copy.deepcopy((dict(model.state_dict()), optimizer.state_dict()["state"]))
+    edit, message = failing_edits(model)[case]
+    with pytest.raises(ValueError, match=message):
+        edit(Editor(model, [optimizer]))
+    torch.testing.assert_close((dict(model.state_dict()), optimizer.state_dict()["state"]), before, rtol=0, atol=0)
+
+
+def test_edits_of_nothing_do_nothing() -> None:
+    model = nn.ModuleDict({"layer": nn.Linear(3, 2), "norm": nn.BatchNorm1d(2)})
+    optimizer = train(model, OPTIMIZERS["Adam"])
+    before = copy.deepcopy((dict(model.state_dict()), optimizer.state_dict()["state"]))
+    editor, none, weight = Editor(model, [optimizer]), torch.tensor([], dtype=torch.int64), model["layer"].weight
+    editor.write([], [])
+    editor.add([], [])
+    editor.scale([], 0.0)
+    editor.scale([], [])
+    editor.clamp([], 0.0)
+    editor.redraw_rows("layer", none, torch.ones(0, 3))
+    editor.scale_rows("layer", none, 0.0)
+    editor.zero_bias("layer", none)
+    editor.zero_columns("layer", none)
+    editor.shift_bias("layer", none, torch.ones(0))
+    editor.reset_norm("norm", none)
+    editor.write_masked(weight, torch.zeros(2, 3, dtype=torch.bool), torch.tensor(5.0))
+    editor.write_packed(weight, torch.zeros(2, 3, dtype=torch.bool), torch.ones(0))
+    torch.testing.assert_close((dict(model.state_dict()), optimizer.state_dict()["state"]), before, rtol=0, atol=0)
+
+
 def test_adam_moves_a_cleared_entry_by_a_few_learning_rates_only() -> None:
     """Step counts stay, so its next step is not corrected for the start: (1 - 0.9) / sqrt(1 - 0.999) learning rates."""
     parameter = nn.Parameter(torch.zeros(2, 2))
