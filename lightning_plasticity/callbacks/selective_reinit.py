@@ -59,9 +59,10 @@ class SelectiveReinit(ScheduledCallback):
     weight reinitialisation*, which is abbreviated SWR as Soft Weight Rescaling is.
 
     Args:
-        fraction: the share :math:`k` of the weights of each tensor. A threshold takes its place.
-        reinit: the new value.
+        fraction: the share :math:`k` of the weights of each tensor; 0.10 if not given. A threshold takes its place.
+        reinit: the new value; ``"mean"`` if not given.
         std: of ``reinit="normal"``; 1.0 if not given.
+        case: in place of these three, a case of the fine-tuning paper, as :meth:`from_case` takes it: ``"10M"``.
         utility: ``"magnitude"``, :math:`|w|`, or ``"gradient"``, :math:`|w \cdot \partial L / \partial w|`, which needs
             a schedule. The gradient is the one of the step just made, clipped and unscaled; the weight is the one that
             this step led to, and that would be replaced. In a plain loop, call ``step()`` before ``zero_grad()``.
@@ -97,10 +98,11 @@ class SelectiveReinit(ScheduledCallback):
 
     def __init__(
         self,
-        fraction: float = 0.10,
-        reinit: Reinit = "mean",
+        fraction: float | None = None,
+        reinit: Reinit | None = None,
         *,
         std: float | None = None,
+        case: str | None = None,
         utility: Utility = "magnitude",
         decay_rate: float = 0.0,
         threshold: float | None = None,
@@ -117,9 +119,17 @@ class SelectiveReinit(ScheduledCallback):
         once = every_n_train_steps is None and every_n_epochs is None
         schedule = Schedule(every_n_train_steps, every_n_epochs, on_fit_start=once)
         super().__init__(schedule, module=module, optimizer_state=optimizer_state, seed=seed)
-        self.fraction = fraction
-        self.reinit: Reinit = reinit
-        self.std = std
+        given = Case(0.10 if fraction is None else fraction, "mean" if reinit is None else reinit, std)
+        if case is not None:
+            if (fraction, reinit, std) != (None, None, None):
+                raise ValueError(
+                    f"case={case!r} stands for fraction, reinit and std, so that none of them may be given besides, "
+                    f"got fraction={fraction}, reinit={reinit!r}, std={std}. Leave out either the case or the three."
+                )
+            given = Case.parse(case)
+        self.fraction = given.fraction
+        self.reinit: Reinit = given.reinit
+        self.std = given.std
         self.utility: Utility = utility
         self.decay_rate = decay_rate
         self.threshold = threshold
@@ -151,8 +161,7 @@ class SelectiveReinit(ScheduledCallback):
             >>> method.fraction, method.reinit, method.std
             (0.25, 'normal', 0.2)
         """
-        parsed = Case.parse(case)
-        return cls(parsed.fraction, parsed.reinit, std=parsed.std, **settings)
+        return cls(case=case, **settings)
 
     def rearm(self) -> None:
         """Lets a method that acts once act once more, when fitting starts again."""

@@ -440,6 +440,12 @@ def test_a_weight_that_is_computed() -> None:
         ({"reinit": "zero"}, "reinit must be one of .* got 'zero'"),
         ({"std": 0.2}, "belongs to reinit='normal', got 0.2 with 'mean'"),
         ({"reinit": "normal", "std": -1.0}, "std must not be negative"),
+        (
+            {"case": "10M", "std": 0.5},
+            "stands for fraction, reinit and std, .* got fraction=None, reinit=None, std=0.5",
+        ),
+        ({"case": "10M", "fraction": 0.1}, "Leave out either the case or the three"),
+        ({"case": "10X"}, "A case is a percentage from 0 to 100 and one of the codes"),
         ({"utility": "fisher"}, "utility must be one of .* got 'fisher'"),
         ({"utility": "gradient"}, "needs gradients, and there are none when fitting starts"),
         ({"utility": "gradient", "decay_rate": 1.0, "every_n_epochs": 1}, "decay_rate must be at least 0 and below 1"),
