@@ -65,6 +65,7 @@ class Flow:
 def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Flow:
     """Runs a network on an example, without gradients, and leaves it as it was.
 
+    A part that is called inside autocast is traced inside autocast, with the inputs that it has there.
     Layers that are called in training only, such as auxiliary heads, are seen as well where the network can be run so.
 
     Example:
@@ -86,34 +87,30 @@ def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> F
 def run_with(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: Mapping[str, Tensor], *, training: bool
 ) -> list[Tensor]:
-    """What the network returns with other tensors in the place of the named ones, its draws always the same."""
-    with undisturbed(model), _quietly(model, args, kwargs) as (args, kwargs):
-        torch.manual_seed(0)
-        outputs = torch.func.functional_call(model.train(training), dict(tensors), tuple(args), dict(kwargs))
-        return list(tensors_in(outputs))
+    """What the network returns with other tensors in the place of the named ones, its draws always the same.
 
-
-@contextmanager
-def _quietly(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Iterator[tuple[Sequence[Any], Mapping[str, Any]]]:
-    """Without gradients, autocasting, compilation and warnings; floating-point inputs have the type of the weights."""
+    It runs in the precision of its weights, without autocasting, so that what it returns is as precise as can be.
+    """
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
 
     def cast(x: Tensor) -> Tensor:
         return x.to(parameter.dtype) if x.is_floating_point() else x
 
+    with undisturbed(model), _quietly(), torch.autocast(parameter.device.type, enabled=False):
+        torch.manual_seed(0)
+        given = tree_map_only(Tensor, cast, (tuple(args), dict(kwargs)))
+        return list(tensors_in(torch.func.functional_call(model.train(training), dict(tensors), *given)))
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without gradients, compilation and warnings, and with all parts of transformer layers called."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it computes transformer layers without calling their parts
     try:
-        with (
-            torch.no_grad(),
-            torch.autocast(parameter.device.type, enabled=False),
-            torch.compiler.set_stance("force_eager"),
-            warnings.catch_warnings(),
-        ):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield tree_map_only(Tensor, cast, (tuple(args), dict(kwargs)))
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
@@ -126,7 +123,7 @@ def _run_traced(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
             handles.append(module.register_forward_pre_hook(tracer.before(name), with_kwargs=True))
             handles.append(module.register_forward_hook(tracer.after(name)))
     try:
-        with _quietly(model, args, kwargs) as (args, kwargs), tracer:
+        with _quietly(), tracer:
             tracer.mark((args, kwargs), frozenset([INPUT]))
             outputs = model(*args, **kwargs)
             return Flow(

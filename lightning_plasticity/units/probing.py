@@ -86,7 +86,8 @@ def is_examining() -> bool:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Examines a network: puts training flags, buffers and every random state back as they were.
 
-    Meanwhile :func:`is_examining` is true.
+    Meanwhile :func:`is_examining` is true, and autocasting, which goes on where it was on, keeps no casts of weights:
+    one that was made without gradients would be taken again when training goes on, and cut its gradients off.
     """
     global _examinations
     import numpy as np
@@ -95,7 +96,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    keeps_casts = torch.is_autocast_cache_enabled()
     _examinations += 1
+    torch.set_autocast_cache_enabled(False)
     try:
         # dispatches on one accelerator type at a time; a network on two types of accelerators does not occur
         kind = next((d.type for d in devices), "cuda")
@@ -103,6 +106,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices=indices, device_type=kind):
             yield
     finally:
+        torch.set_autocast_cache_enabled(keeps_casts)
         _examinations -= 1
         random.setstate(python_state)
         np.random.set_state(numpy_state)
@@ -172,12 +176,10 @@ class Network:
             handles.append(module.register_forward_pre_hook(watch.before_norm))
             handles.append(module.register_forward_hook(watch.after_norm(name), with_kwargs=True))
         fast_path = torch.backends.mha.get_fastpath_enabled()
-        device = next((p.device.type for p in self.model.parameters()), "cpu")
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             with (
                 torch.no_grad(),
-                torch.autocast(device, enabled=False),
                 torch.compiler.set_stance("force_eager"),
                 warnings.catch_warnings(),
                 watch,

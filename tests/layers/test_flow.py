@@ -123,6 +123,21 @@ def test_other_tensors_in_the_place_of_the_models(training):
     assert given["1.running_mean"].item() == 3.0 or training
 
 
+class CastsByItself(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_part_is_traced_inside_autocast_where_it_is_called_there(dtype):
+    with torch.autocast("cpu", dtype):
+        assert sources(CastsByItself(), torch.randn(2, 4, dtype=dtype)) == {"first": {INPUT}, "second": {"first"}}
+
+
 def test_inputs_take_the_type_of_the_weights():
     with torch.autocast("cpu", torch.bfloat16):
         (output,) = run_with(nn.Linear(2, 1), (torch.ones(1, 2, dtype=torch.bfloat16),), {}, {}, training=False)

@@ -441,6 +441,40 @@ def test_other_precisions(dtype):
     assert invalid(model, inputs, found) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["mlp", "convolutional", "squeeze_and_excite", "swiglu_of_two", "transformer"])
+def test_a_part_is_probed_inside_autocast_where_it_is_called_there(name, dtype):
+    build, inputs, expected = NETWORKS[name]
+    model = randomised(build())
+    with torch.autocast("cpu", dtype):
+        found = find_units(model, *(x.to(dtype) for x in inputs))
+    assert {units.name for units in found} == expected
+    assert invalid(model, inputs, found) == []
+
+
+def test_probing_inside_autocast_leaves_no_cast_of_a_weight():
+    model = mlp().eval()
+
+    def gradients(examines: bool) -> list[torch.Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            before = model[0](VECTOR[0])  # its weight's cast is kept already
+            if examines:
+                find_units(model, VECTOR[0].bfloat16())
+            (model(VECTOR[0]).sum() + before.sum()).backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    def casts_kept() -> bool:
+        return torch.is_autocast_cache_enabled()
+
+    torch.testing.assert_close(gradients(True), gradients(False), rtol=0, atol=0)
+    heard = []
+    model[0].register_forward_hook(lambda *_: heard.append(casts_kept()))
+    find_units(model, *VECTOR)
+    assert not any(heard)
+    assert casts_kept()
+
+
 def test_channels_last_and_batches():
     model = randomised(residual()).to(memory_format=torch.channels_last)
     inputs = (torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last),)
