@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_plasticity import checks
 from lightning_plasticity.distributed import gather_over_ranks, share_of_this_rank, sum_over_ranks, world_size
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.engine.base import ForwardCall, PlasticityCallback, whole_and_rest
@@ -82,19 +83,15 @@ class ActivationReset(PlasticityCallback):
         seed: int | None = None,
     ) -> None:
         super().__init__(module=module, optimizer_state=optimizer_state, seed=seed, needs_example=units is None)
+        if isinstance(strategy, Mapping):
+            checks.words("strategy", strategy.keys())
         for one in strategy.values() if isinstance(strategy, Mapping) else (strategy,):
-            if not isinstance(one, ActivationStrategy) and one not in ("auto", "relu", "tanh"):
-                raise ValueError(f"A strategy must be 'auto', 'relu', 'tanh' or an ActivationStrategy, got {one!r}.")
-        if not 0.0 <= decay_rate < 1.0:
-            raise ValueError(f"decay_rate must be at least 0 and below 1, got {decay_rate}.")
-        if maturity_threshold < 0:
-            raise ValueError(f"maturity_threshold must not be negative, got {maturity_threshold}.")
-        if max_weight is not None and not max_weight > 0:
-            raise ValueError(f"max_weight must be positive or None, got {max_weight}.")
+            if not isinstance(one, ActivationStrategy):
+                checks.choice("strategy", one, ("auto", "relu", "tanh"), other="an ActivationStrategy or ")
         self.strategy = strategy
-        self.decay_rate = decay_rate
-        self.maturity_threshold = maturity_threshold
-        self.max_weight = max_weight
+        self.decay_rate = checks.number("decay_rate", decay_rate, least=0, below=1)
+        self.maturity_threshold = checks.count("maturity_threshold", maturity_threshold)
+        self.max_weight = checks.optional(checks.number, "max_weight", max_weight, above=0)
         self.scaled_low = 0
         self.scaled_high = 0
         self._population = Population(self, units, exclude, reads_sizes=False)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_plasticity import checks
 from lightning_plasticity.distributed import gather_over_ranks, share_of_this_rank, sum_over_ranks, world_size
 from lightning_plasticity.editing.edits import OptimizerState
-from lightning_plasticity.editing.initial import Init
+from lightning_plasticity.editing.initial import Init, check_init
 from lightning_plasticity.engine.base import ForwardCall, PlasticityCallback, whole_and_rest
 from lightning_plasticity.engine.maturity import Ages, Maturity
 from lightning_plasticity.engine.population import Population, average_in
 from lightning_plasticity.engine.unit_sets import Reader
-from lightning_plasticity.functional.continual_backprop import Utility, bias_corrected, least
+from lightning_plasticity.functional.continual_backprop import UTILITIES, Utility, bias_corrected, least
 from lightning_plasticity.units.find import HiddenUnits
 
 
@@ -82,20 +83,12 @@ class ContinualBackprop(PlasticityCallback):
         seed: int | None = None,
     ) -> None:
         super().__init__(module=module, optimizer_state=optimizer_state, seed=seed, needs_example=units is None)
-        if not 0.0 <= replacement_rate <= 1.0:
-            raise ValueError(f"replacement_rate must be between 0 and 1, got {replacement_rate}.")
-        if maturity_threshold < 0:
-            raise ValueError(f"maturity_threshold must not be negative, got {maturity_threshold}.")
-        if not 0.0 <= decay_rate < 1.0:
-            raise ValueError(f"decay_rate must be at least 0 and below 1, got {decay_rate}.")
-        if utility not in get_args(Utility):
-            raise ValueError(f"utility must be one of {get_args(Utility)}, got {utility!r}.")
-        self.replacement_rate = replacement_rate
-        self.maturity_threshold = maturity_threshold
-        self.decay_rate = decay_rate
-        self.utility = utility
-        self.init = init
-        self.compensate_bias = compensate_bias
+        self.replacement_rate = checks.number("replacement_rate", replacement_rate, least=0, most=1)
+        self.maturity_threshold = checks.count("maturity_threshold", maturity_threshold)
+        self.decay_rate = checks.number("decay_rate", decay_rate, least=0, below=1)
+        self.utility = checks.choice("utility", utility, UTILITIES)
+        self.init = check_init(init)
+        self.compensate_bias = checks.flag("compensate_bias", compensate_bias)
         self.replaced = 0
         self._centred = utility in ("zero_contribution", "adaptable_contribution")
         self._population = Population(self, units, exclude, keep_inputs=self._centred)

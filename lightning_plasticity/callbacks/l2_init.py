@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_plasticity import checks
 from lightning_plasticity.editing.editable import check_editable
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.engine.base import PlasticityCallback
@@ -61,10 +62,8 @@ class L2Init(PlasticityCallback):
         seed: int | None = None,
     ) -> None:
         super().__init__(module=module, optimizer_state=optimizer_state, seed=seed)
-        if not coefficient >= 0:
-            raise ValueError(f"coefficient must not be negative, got {coefficient}.")
-        self.coefficient = coefficient
-        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        self.coefficient = checks.number("coefficient", coefficient, least=0)
+        self.exclude = checks.words("exclude", exclude)
         self._parameters_by_name: dict[str, Tensor] = {}
         self._initial: dict[Tensor, Tensor] = {}
 

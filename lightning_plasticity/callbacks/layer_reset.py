@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_plasticity import checks
 from lightning_plasticity.editing.editable import check_editable
 from lightning_plasticity.editing.edits import OptimizerState
-from lightning_plasticity.editing.initial import Init, InitialDistribution
+from lightning_plasticity.editing.initial import Init, InitialDistribution, check_init
 from lightning_plasticity.engine.base import ForwardCall
 from lightning_plasticity.engine.schedule import Schedule, ScheduledCallback
 from lightning_plasticity.layers.flow import trace
@@ -62,18 +63,20 @@ class LayerReset(ScheduledCallback):
         optimizer_state: OptimizerState = "reset",
         seed: int | None = None,
     ) -> None:
-        by_number = isinstance(layers, int)
+        # A word is a name; what is no collection of names is to be a number.
+        by_number = not isinstance(layers, Iterable)
+        chosen = checks.count("layers", layers, least=1) if by_number else checks.words("layers", layers)
         schedule = Schedule(every_n_train_steps, every_n_epochs, on_fit_start)
         super().__init__(schedule, module=module, optimizer_state=optimizer_state, seed=seed, needs_example=by_number)
-        if (isinstance(layers, int) and layers < 1) or not layers:
-            raise ValueError(f"layers must be a positive number or names of modules, got {layers!r}.")
+        if not chosen:
+            raise ValueError(f"layers must be a number, or names of modules, got {layers!r}. Name at least one.")
         if by_number and on_fit_start:
             raise ValueError(
                 f"on_fit_start=True needs layers by name, got layers={layers!r}: which are the last ones is only seen "
                 "in the first training batch."
             )
-        self.layers = layers
-        self.init = init
+        self.layers: int | tuple[str, ...] = chosen
+        self.init = check_init(init)
         self._called: list[str] = []
         self._chosen: list[str] = []
 
@@ -118,7 +121,7 @@ class LayerReset(ScheduledCallback):
 
     def _choose(self, modules: Mapping[str, nn.Module]) -> list[str]:
         if not isinstance(self.layers, int):
-            names = [self.layers] if isinstance(self.layers, str) else list(self.layers)
+            names = list(self.layers)
             if missing := [name for name in names if name not in modules]:
                 children = ", ".join(name for name, _ in self.model.named_children())
                 raise ValueError(

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 from typing_extensions import override
 
+from lightning_plasticity import checks
 from lightning_plasticity.distributed import sum_over_ranks
 from lightning_plasticity.editing.editable import check_whole
 from lightning_plasticity.engine.base import ForwardCall, in_backward
@@ -89,10 +90,10 @@ class PlasticityMonitor(Callback):
             raise ValueError("It must be said when to measure: set every_n_train_steps or every_n_epochs, got neither.")
         by_default = every_n_train_steps is not None and every_n_epochs == 1
         self.schedule = Schedule(every_n_train_steps, None if by_default else every_n_epochs)
-        self.module = module
-        self.layers = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
+        self.module = checks.optional(checks.word, "module", module)
+        self.layers = None if layers is None else list(checks.words("layers", layers))
         self.probe_batch = probe_batch
-        self.figures = figures
+        self.figures = checks.flag("figures", figures)
         self.values: dict[str, float] = {}
         self.history: dict[str, list[Record]] = {}
         self._measures = Measures(named(metrics), synchronize=probe_batch is None)

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_plasticity import checks
 from lightning_plasticity.distributed import sum_over_ranks, world_size
 from lightning_plasticity.editing.edits import OptimizerState
-from lightning_plasticity.editing.initial import Init
+from lightning_plasticity.editing.initial import Init, check_init
 from lightning_plasticity.engine.base import ForwardCall, PlasticityCallback
 from lightning_plasticity.engine.population import Population
 from lightning_plasticity.functional.redo import dormancy_scores
@@ -75,18 +76,15 @@ class ReDo(PlasticityCallback):
         seed: int | None = None,
     ) -> None:
         super().__init__(module=module, optimizer_state=optimizer_state, seed=seed, needs_example=units is None)
-        if not threshold >= 0:
-            raise ValueError(f"threshold must not be negative, got {threshold}.")
-        if every_n_train_steps < 1:
-            raise ValueError(f"every_n_train_steps must be at least 1, got {every_n_train_steps}.")
-        if not 1 <= score_steps <= every_n_train_steps:
+        self.threshold = checks.number("threshold", threshold, least=0)
+        self.every_n_train_steps = checks.count("every_n_train_steps", every_n_train_steps, least=1)
+        self.score_steps = checks.count("score_steps", score_steps, least=1)
+        if self.score_steps > self.every_n_train_steps:
             raise ValueError(
-                f"score_steps must be from 1 to every_n_train_steps, which is {every_n_train_steps}, got {score_steps}."
+                f"score_steps must be at most every_n_train_steps, which is {every_n_train_steps}, got {score_steps}. "
+                "Lower the one, or raise the other."
             )
-        self.threshold = threshold
-        self.score_steps = score_steps
-        self.every_n_train_steps = every_n_train_steps
-        self.init = init
+        self.init = check_init(init)
         self.replaced = 0
         self._population = Population(self, units, exclude)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self, override
 
+from lightning_plasticity import checks
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.editing.initial import InitialDistribution
 from lightning_plasticity.engine.gradient_utility import GradientUtility
@@ -121,25 +122,22 @@ class SelectiveReinit(ScheduledCallback):
         super().__init__(schedule, module=module, optimizer_state=optimizer_state, seed=seed)
         given = Case(0.10 if fraction is None else fraction, "mean" if reinit is None else reinit, std)
         if case is not None:
-            if (fraction, reinit, std) != (None, None, None):
+            if any(one is not None for one in (fraction, reinit, std)):
                 raise ValueError(
                     f"case={case!r} stands for fraction, reinit and std, so that none of them may be given besides, "
                     f"got fraction={fraction}, reinit={reinit!r}, std={std}. Leave out either the case or the three."
                 )
             given = Case.parse(case)
-        self.fraction = given.fraction
-        self.reinit: Reinit = given.reinit
-        self.std = given.std
-        self.utility: Utility = utility
-        self.decay_rate = decay_rate
-        self.threshold = threshold
-        self.relative_threshold = relative_threshold
-        self.zero_biases: bool | Literal["all"] = zero_biases
-        self.patterns = LayerPatterns(
-            (include,) if isinstance(include, str) else tuple(include),
-            (exclude,) if isinstance(exclude, str) else tuple(exclude),
-        )
-        self._check_settings()
+        self.fraction = checks.number("fraction", given.fraction, least=0, most=1)
+        self.reinit: Reinit = checks.choice("reinit", given.reinit, get_args(Reinit))
+        self.std = checks.optional(checks.number, "std", given.std, least=0)
+        self.utility: Utility = checks.choice("utility", utility, get_args(Utility))
+        self.decay_rate = checks.number("decay_rate", decay_rate, least=0, below=1)
+        self.threshold = checks.optional(checks.number, "threshold", threshold, least=0)
+        self.relative_threshold = checks.optional(checks.number, "relative_threshold", relative_threshold, least=0)
+        self.zero_biases: bool | Literal["all"] = checks.choice("zero_biases", zero_biases, (True, False, "all"))
+        self.patterns = LayerPatterns(checks.words("include", include), checks.words("exclude", exclude))
+        self._check_combination()
         self._applied = False
         self._applied_to: weakref.ref[nn.Module] | None = None  # None also if that was in another process
         self._has_reported = False
@@ -161,7 +159,7 @@ class SelectiveReinit(ScheduledCallback):
             >>> method.fraction, method.reinit, method.std
             (0.25, 'normal', 0.2)
         """
-        return cls(case=case, **settings)
+        return cls(case=checks.word("case", case), **settings)
 
     def rearm(self) -> None:
         """Lets a method that acts once act once more, when fitting starts again."""
@@ -169,39 +167,27 @@ class SelectiveReinit(ScheduledCallback):
         if self._saved is not None:
             self._saved = {**self._saved, "method": {**self._saved["method"], "applied": False}}
 
-    def _check_settings(self) -> None:
+    def _check_combination(self) -> None:
         once = self.schedule.on_fit_start
-        if not 0 <= self.fraction <= 1:
-            raise ValueError(f"fraction must be a number from 0 to 1, got {self.fraction}.")
-        if self.reinit not in get_args(Reinit):
-            raise ValueError(f"reinit must be one of {get_args(Reinit)}, got {self.reinit!r}.")
-        if self.std is not None and (self.reinit != "normal" or self.std < 0):
+        if self.std is not None and self.reinit != "normal":
             raise ValueError(
-                f"std must not be negative, and belongs to reinit='normal', got {self.std} with {self.reinit!r}."
+                f"std belongs to reinit='normal', got {self.std} with {self.reinit!r}. Leave it out, or change reinit."
             )
-        if self.utility not in get_args(Utility):
-            raise ValueError(f"utility must be one of {get_args(Utility)}, got {self.utility!r}.")
         if self.utility == "gradient" and once:
             raise ValueError(
                 "utility='gradient' needs gradients, and there are none when fitting starts. "
                 "Give every_n_train_steps or every_n_epochs, or use utility='magnitude'."
             )
-        if not 0 <= self.decay_rate < 1 or (self.decay_rate > 0 and self.utility != "gradient"):
+        if self.decay_rate > 0 and self.utility != "gradient":
             raise ValueError(
-                "decay_rate must be at least 0 and below 1, and belongs to utility='gradient', "
-                f"got {self.decay_rate} with {self.utility!r}."
+                f"decay_rate belongs to utility='gradient', got {self.decay_rate} with {self.utility!r}. "
+                "Leave it out, or change utility."
             )
         if self.threshold is not None and self.relative_threshold is not None:
             raise ValueError(
                 "Only one of threshold and relative_threshold may be given, "
                 f"got {self.threshold} and {self.relative_threshold}."
             )
-        for name in ("threshold", "relative_threshold"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name} must not be negative, got {value}.")
-        if self.zero_biases not in (True, False, "all"):
-            raise ValueError(f"zero_biases must be True, False or 'all', got {self.zero_biases!r}.")
         if self.zero_biases == "all" and not once:
             raise ValueError(
                 "zero_biases='all' belongs to the form that acts once, got it with a schedule, where biases stay as "

@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 from typing_extensions import override
 
+from lightning_plasticity import checks
 from lightning_plasticity.editing.editable import check_editable
 from lightning_plasticity.editing.edits import OptimizerState
-from lightning_plasticity.editing.initial import Init, InitialDistribution
+from lightning_plasticity.editing.initial import Init, InitialDistribution, check_init
 from lightning_plasticity.engine.schedule import Schedule, ScheduledCallback
 from lightning_plasticity.functional.shrink_and_perturb import shrink_and_perturb
 
@@ -69,13 +70,10 @@ class ShrinkAndPerturb(ScheduledCallback):
     ) -> None:
         schedule = Schedule(every_n_train_steps, every_n_epochs, on_fit_start)
         super().__init__(schedule, module=module, optimizer_state=optimizer_state, seed=seed)
-        for name, value in {"shrink": shrink, "perturb": perturb}.items():
-            if not value >= 0:
-                raise ValueError(f"{name} must not be negative, got {value}.")
-        self.shrink = shrink
-        self.perturb = perturb
-        self.init = init
-        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        self.shrink = checks.number("shrink", shrink, least=0)
+        self.perturb = checks.number("perturb", perturb, least=0)
+        self.init = check_init(init)
+        self.exclude = checks.words("exclude", exclude)
 
     @override
     def _start(self) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_plasticity import checks
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.engine.base import ForwardCall, PlasticityCallback
 from lightning_plasticity.functional.soft_weight_rescaling import (
@@ -103,20 +104,20 @@ class SoftWeightRescaling(PlasticityCallback):
         seed: int | None = None,
     ) -> None:
         super().__init__(module=module, optimizer_state=optimizer_state, seed=seed, needs_example=True)
-        given = {"coefficient": coefficient, "classifier_coefficient": classifier_coefficient}
-        for name, value in given.items():
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {value}.")
         if classifier is not None and classifier_coefficient is None:
-            raise ValueError(f"classifier={classifier!r} needs a classifier_coefficient of its own, got None.")
-        if rebase_on_lr_drop is not None and not 0 < rebase_on_lr_drop < 1:
-            raise ValueError(f"rebase_on_lr_drop must lie between 0 and 1 or be None, got {rebase_on_lr_drop}.")
-        self.coefficient = coefficient
-        self.classifier_coefficient = classifier_coefficient
-        self.classifier = (classifier,) if isinstance(classifier, str) else classifier
-        self.tie_residual = tie_residual
-        self.rebase_on_lr_drop = rebase_on_lr_drop
-        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+            raise ValueError(
+                f"classifier={classifier!r} needs a classifier_coefficient of its own, got None. Give both, or neither."
+            )
+        self.coefficient = checks.number("coefficient", coefficient, least=0, most=1)
+        self.classifier_coefficient = checks.optional(
+            checks.number, "classifier_coefficient", classifier_coefficient, least=0, most=1
+        )
+        self.classifier = checks.optional(checks.words, "classifier", classifier)
+        self.tie_residual = checks.flag("tie_residual", tie_residual)
+        self.rebase_on_lr_drop = checks.optional(
+            checks.number, "rebase_on_lr_drop", rebase_on_lr_drop, above=0, below=1
+        )
+        self.exclude = checks.words("exclude", exclude)
         self._has_warned = False
         self._flow = Flow((), ())
         self._weights: dict[str, nn.Parameter] = {}

@@ -8,6 +8,8 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_plasticity import checks
+
 
 class Initializer(Protocol):
     """A function that fills a tensor with initial values, like those of ``torch.nn.init``."""
@@ -24,6 +26,18 @@ class Initializer(Protocol):
 
 InitName: TypeAlias = Literal["empirical", "kaiming_uniform", "reset_parameters"]
 Init: TypeAlias = InitName | Initializer
+
+
+def check_init(init: Init) -> Init:
+    """Raise unless ``init`` names a distribution or is a function.
+
+    Example:
+        >>> check_init("empirical")
+        'empirical'
+    """
+    if isinstance(init, str) or not callable(init):
+        return checks.choice("init", init, get_args(InitName), other="a function or ")
+    return init
 
 
 class InitialDistribution:
@@ -59,10 +73,8 @@ class InitialDistribution:
     """
 
     def __init__(self, model: nn.Module, parameters: Iterable[str], init: Init = "empirical") -> None:
-        if isinstance(init, str) and init not in get_args(InitName):
-            raise ValueError(f"init must be one of {get_args(InitName)} or a function, but is {init!r}.")
         self._model = model
-        self._init = init
+        self._init = check_init(init)
         self._moments: dict[str, tuple[float, float]] = {}
         self._twins: dict[str, nn.Module] = {}
         for name in parameters:
@@ -71,6 +83,8 @@ class InitialDistribution:
                 self._fan_in(name)
             elif init == "reset_parameters":
                 self._add_twin(name)
+            elif callable(init):
+                self._try(name)
             std, mean = torch.std_mean(parameter.detach().to(_drawn_in(parameter)), correction=0)
             self._moments[name] = (mean.item(), std.item())
 
@@ -156,19 +170,42 @@ class InitialDistribution:
         if owner_name not in self._twins:
             self._twins[owner_name] = copy_to_cpu(owner)
 
+    def _try(self, name: str) -> None:
+        """Draws once with a function of the user's, so that one that cannot serve is found before training."""
+        parameter = self._parameter(name)
+        zeros = torch.zeros(parameter.shape, dtype=_drawn_in(parameter), device=parameter.device)
+        try:
+            values = self._init(zeros, generator=torch.Generator(parameter.device))  # type: ignore[operator]
+        except Exception as error:
+            raise ValueError(
+                f"The function given as init must fill {name!r} of shape {tuple(parameter.shape)}, called as "
+                f"init(tensor, generator=generator), but it raised {error!r}. Give one that takes every shape, or "
+                "leave the parameter out."
+            ) from error
+        if not _with_shape_of(zeros, values, name).isfinite().all():
+            raise ValueError(
+                f"The function given as init must give finite values, but for {name!r} of shape "
+                f"{tuple(parameter.shape)} it gave NaN or infinity. Give one that fills all entries."
+            )
+
     def _draw_whole(self, name: str, generator: torch.Generator, zeros: Tensor) -> Tensor:
         if callable(self._init):
-            values = self._init(zeros, generator=generator)
-            if values.shape != zeros.shape:
-                raise ValueError(
-                    f"The function given as init must return a tensor of shape {tuple(zeros.shape)} for {name!r}, "
-                    f"but returned {tuple(values.shape)}."
-                )
-            return values.detach().clone()
+            return _with_shape_of(zeros, self._init(zeros, generator=generator), name).detach().clone()
         owner, _, own_name = name.rpartition(".")
         seed = torch.randint(2**62, (), generator=generator, device=generator.device)
         reset_on_cpu(self._twins[owner], int(seed))
         return self._twins[owner].get_parameter(own_name).detach().clone()
+
+
+def _with_shape_of(zeros: Tensor, values: object, name: str) -> Tensor:
+    """What a function of the user's has returned, if it is what was asked for."""
+    if isinstance(values, Tensor) and values.shape == zeros.shape:
+        return values
+    got = tuple(values.shape) if isinstance(values, Tensor) else checks.shown(values)
+    raise ValueError(
+        f"The function given as init must return a tensor of shape {tuple(zeros.shape)} for {name!r}, but returned "
+        f"{got}. Let it fill and return the tensor that it is given."
+    )
 
 
 def copy_to_cpu(module: nn.Module) -> nn.Module:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self, override
 
+from lightning_plasticity import checks
 from lightning_plasticity.distributed import EqualDraws, agree_on_seed
 from lightning_plasticity.editing.editable import check_whole
 from lightning_plasticity.editing.edits import Editor, OptimizerState
@@ -61,11 +62,9 @@ class PlasticityCallback(Callback, ABC):
         needs_example: bool = False,
     ) -> None:
         super().__init__()
-        if optimizer_state not in ("reset", "keep"):
-            raise ValueError(f"optimizer_state must be 'reset' or 'keep', got {optimizer_state!r}.")
-        self.module = module
-        self.optimizer_state: OptimizerState = optimizer_state
-        self.seed = seed
+        self.module = checks.optional(checks.word, "module", module)
+        self.optimizer_state: OptimizerState = checks.choice("optimizer_state", optimizer_state, ("reset", "keep"))
+        self.seed = checks.optional(checks.seed, "seed", seed)
         self.needs_example = needs_example
         self._state_key = self._generate_state_key(module=module)  # Lightning asks for it around each of its calls
         self.optimizer_steps = 0  # real steps of all optimizers that train the scope

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_plasticity import checks
 from lightning_plasticity.editing.initial import InitialDistribution
 from lightning_plasticity.engine.activations import Activations, sum_of_sizes
 from lightning_plasticity.engine.base import ForwardCall, PlasticityCallback
@@ -41,8 +42,8 @@ class Population:
         self._callback = callback
         self._reads_sizes = reads_sizes
         self._keep_inputs = keep_inputs
-        self._given = units
-        self._exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+        self._given = checks.optional(checks.instances, "units", units, kind=HiddenUnits)
+        self._exclude = checks.words("exclude", exclude)
         self.clear()
 
     def clear(self) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import Self, override
 
+from lightning_plasticity import checks
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.engine.base import PlasticityCallback
 
@@ -43,8 +44,9 @@ class Schedule:
     def __post_init__(self) -> None:
         for name in ("every_n_train_steps", "every_n_epochs"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{name} must be a positive integer or None, got {value!r}.")
+            # the class is frozen for others
+            object.__setattr__(self, name, checks.optional(checks.count, name, value, least=1))
+        checks.flag("on_fit_start", self.on_fit_start)
         if self.every_n_train_steps is not None and self.every_n_epochs is not None:
             raise ValueError(
                 "Only one of every_n_train_steps and every_n_epochs may be given, "

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lightning_plasticity import checks
+
 
 def correct_predictions(predictions: Tensor, targets: Tensor) -> Tensor:
     """Which examples were classified correctly, as a boolean tensor of the targets' shape.
@@ -17,6 +19,8 @@ def correct_predictions(predictions: Tensor, targets: Tensor) -> Tensor:
         >>> correct_predictions(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
         tensor([ True, False])
     """
+    checks.tensor("predictions", predictions)
+    checks.tensor("targets", targets)
     scores = predictions.ndim == targets.ndim + 1 and predictions.shape[:1] + predictions.shape[2:] == targets.shape
     numbers = predictions.shape == targets.shape and not predictions.is_floating_point()
     if targets.numel() == 0 or targets.is_floating_point() or not (scores or numbers):
@@ -53,6 +57,8 @@ def accuracy_slope(accuracies: Tensor) -> Tensor:
         >>> accuracy_slope(torch.tensor([0.9, 0.8, 0.7]))
         tensor(-0.1000, dtype=torch.float64)
     """
+    if checks.tensor("accuracies", accuracies).ndim != 1:
+        raise ValueError(f"accuracies must be one number for each task, got shape {tuple(accuracies.shape)}.")
     tasks = torch.arange(len(accuracies), dtype=torch.float64, device=accuracies.device)
     seen = ~accuracies.isnan()
     x, y = tasks[seen], accuracies[seen].double()

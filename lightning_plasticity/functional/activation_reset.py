@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+
+from lightning_plasticity import checks
 
 _BOUNDED = frozenset(["tanh", "sigmoid", "softsign", "hardtanh", "hardsigmoid"])
 
@@ -25,12 +26,10 @@ class ActivationStrategy:
     high_scale: float
 
     def __post_init__(self) -> None:
-        for name in ("low_rate", "high_rate"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
-        for name in ("low_scale", "high_scale"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} must be finite, got {getattr(self, name)}.")
+        for name, bounds in {"low_rate": (0, 1), "high_rate": (0, 1), "low_scale": (), "high_scale": ()}.items():
+            least, most = bounds or (None, None)
+            # the class is frozen for others
+            object.__setattr__(self, name, checks.number(name, getattr(self, name), least=least, most=most))
 
 
 RELU = ActivationStrategy(low_rate=1e-4, high_rate=1e-5, low_scale=-0.5, high_scale=0.5)

@@ -12,16 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_plasticity import checks
+
 Reduce = Literal["mean"] | None
 
 # Rows that are turned into float64 at once: bounds the memory of the copy, not the result.
 _ROWS_AT_ONCE = 8192
-
-
-def check_between(name: str, value: float, low: float, high: float) -> None:
-    """Raise unless ``low <= value <= high``."""
-    if not low <= value <= high:
-        raise ValueError(f"`{name}` must lie between {low} and {high}, got {value}: choose a value in that range.")
 
 
 def unit_rows(features: Tensor, unit_dim: int | None = None, reduce: Reduce = None) -> Tensor:
@@ -39,6 +35,7 @@ def unit_rows(features: Tensor, unit_dim: int | None = None, reduce: Reduce = No
         (torch.Size([200, 16]), torch.Size([8, 16]))
     """
     check_layout(unit_dim, reduce)
+    checks.tensor("features", features)
     if features.ndim < 2 or features.numel() == 0 or not features.is_floating_point():
         raise ValueError(
             "Features must be floating-point numbers, (samples, units) or (samples, ..., units), at least one of each, "
@@ -52,7 +49,7 @@ def unit_rows(features: Tensor, unit_dim: int | None = None, reduce: Reduce = No
     dim = 1 if unit_dim is None else unit_dim
     if not -features.ndim < dim < features.ndim or dim == 0:
         raise ValueError(
-            f"`unit_dim` must be a dimension of the features other than 0, the samples', got unit_dim={unit_dim} for "
+            f"unit_dim must be a dimension of the features other than 0, the samples', got unit_dim={unit_dim} for "
             f"shape {tuple(features.shape)}: pass 1 for convolutions or -1 for tokens."
         )
     units_last = features.detach().movedim(dim, -1)
@@ -63,12 +60,9 @@ def unit_rows(features: Tensor, unit_dim: int | None = None, reduce: Reduce = No
 
 def check_layout(unit_dim: int | None, reduce: Reduce) -> None:
     """Raise where no features could be arranged by these settings."""
-    if unit_dim == 0:
-        raise ValueError("`unit_dim` must not be 0, the samples' dimension: pass 1 for convolutions or -1 for tokens.")
-    if reduce not in (None, "mean"):
-        raise ValueError(
-            f"`reduce` must be None (positions are samples) or 'mean' (averaged), got {reduce!r}: choose one."
-        )
+    if unit_dim is not None and checks.count("unit_dim", unit_dim, least=None) == 0:
+        raise ValueError("unit_dim must not be 0, the samples' dimension: pass 1 for convolutions or -1 for tokens.")
+    checks.choice("reduce", reduce, (None, "mean"))  # positions are samples, or averaged
 
 
 def gram_matrix(rows: Tensor) -> Tensor:
@@ -100,7 +94,7 @@ def dead_units(features: Tensor, eps: float = 0.0, *, unit_dim: int | None = Non
         >>> dead_units(torch.tensor([[0.0, 1.0, 0.0, 2.0], [0.0, 0.0, 0.0, 3.0]]))
         tensor(0.5000, dtype=torch.float64)
     """
-    check_between("eps", eps, 0.0, float("inf"))
+    eps = checks.number("eps", eps, least=0)
     return dead_share(largest_activation(unit_rows(features, unit_dim, reduce)), eps)
 
 
@@ -125,7 +119,7 @@ def rarely_active_units(
         >>> rarely_active_units(torch.tensor([[0.0, 1.0], [0.0, 1.0], [5.0, 1.0]]), rate=0.5)
         tensor(0.5000, dtype=torch.float64)
     """
-    check_between("rate", rate, 0.0, 1.0)
+    rate = checks.number("rate", rate, least=0, most=1)
     rows = unit_rows(features, unit_dim, reduce)
     return rarely_active_share(count(rows != 0, rows), len(rows), rate)
 
@@ -148,7 +142,7 @@ def dormant_units(
         >>> dormant_units(torch.tensor([[0.01, 1.0], [-0.01, 1.0]]))
         tensor(0.5000, dtype=torch.float64)
     """
-    check_between("tau", tau, 0.0, float("inf"))
+    tau = checks.number("tau", tau, least=0)
     return dormant_share(absolute_sum(unit_rows(features, unit_dim, reduce)), tau)
 
 
@@ -187,7 +181,8 @@ def saturated_units(
 
 def check_bounds(low: float, high: float, margin: float) -> None:
     """Raise unless the bounds are in order and the two margins do not meet."""
-    if not (low < high and 0 <= margin < (high - low) / 2):
+    low, high = checks.number("low", low), checks.number("high", high)
+    if not (low < high and 0 <= checks.number("margin", margin) < (high - low) / 2):
         raise ValueError(
             f"Saturation needs low < high and 0 <= margin < (high - low) / 2, got low={low}, high={high}, "
             f"margin={margin}: pass the activation's bounds, such as 0 and 1 for sigmoid."
@@ -233,7 +228,7 @@ def duplicate_units(
         >>> duplicate_units(h)
         tensor(0.6667, dtype=torch.float64)
     """
-    check_between("threshold", threshold, -1.0, 1.0)
+    threshold = checks.number("threshold", threshold, least=-1, most=1)
     rows = unit_rows(features, unit_dim, reduce)
     return duplicate_share(rows.sum(dim=0, dtype=torch.float64), gram_matrix(rows), len(rows), threshold)
 

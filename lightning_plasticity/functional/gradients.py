@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_plasticity import checks
 from lightning_plasticity.functional.weights import joint_norm, norm
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -20,6 +21,7 @@ _COLUMNS_AT_ONCE = 1 << 20
 
 def read_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Gradients of the parameters that have one."""
+    parameters = [checks.tensor("each parameter", p) for p in parameters]
     gradients = [p.grad.detach() for p in parameters if p.grad is not None and p.grad.numel()]
     if not gradients:
         raise ValueError(
@@ -56,7 +58,9 @@ def zero_gradient_fraction(gradients: Iterable[Tensor]) -> Tensor:
 
 
 def _some(gradients: Iterable[Tensor]) -> list[Tensor]:
-    given = [gradient for gradient in gradients if gradient.numel()]
+    if isinstance(gradients, Tensor) or not isinstance(gradients, Iterable):
+        raise ValueError(f"gradients must be several tensors, got {checks.shown(gradients)}: pass them in a list.")
+    given = [g for g in gradients if checks.tensor("each gradient", g).numel()]
     if not given:
         raise ValueError("At least one gradient with an entry is required, got none: pass the gradients to measure.")
     return given
@@ -81,6 +85,8 @@ def measuring(model: nn.Module) -> Generator[None, None, None]:
 
 def check_batch(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Check that each input has its target; return copies that may be differentiated through."""
+    checks.tensor("inputs", inputs)
+    checks.tensor("targets", targets)
     if inputs.ndim == 0 or targets.ndim == 0 or len(inputs) == 0 or len(inputs) != len(targets):
         raise ValueError(
             "Inputs and targets must hold the same number of examples, at least one, "
@@ -124,6 +130,9 @@ def per_sample_gradients(
         tensor([[1., 2.],
                 [3., 4.]])
     """
+    checks.module("model", model)
+    checks.function("loss_fn", loss_fn)
+    checks.optional(checks.count, "chunk_size", chunk_size, least=1)
     with measuring(model):
         inputs, targets = check_batch(inputs, targets)
         parameters = {name: p.detach() for name, p in trainable_parameters(model).items()}
@@ -189,7 +198,10 @@ def summarize_covariance(covariance: Tensor, summary: Summary = "mean") -> Tenso
         >>> summarize_covariance(torch.tensor([[1.0, -0.5], [-0.5, 1.0]]), "negative")
         tensor(1., dtype=torch.float64)
     """
-    check_summary(summary)
+    summary = checks.choice("summary", summary, get_args(Summary))
+    if not (isinstance(covariance, Tensor) and covariance.ndim == 2 and len(covariance) == covariance.shape[1]):
+        got = tuple(covariance.shape) if isinstance(covariance, Tensor) else checks.shown(covariance)
+        raise ValueError(f"covariance must be a square matrix, got {got}: pass what gradient_covariance returned.")
     off_diagonal = ~torch.eye(len(covariance), dtype=torch.bool, device=covariance.device)
     pairs = covariance[off_diagonal].double()
     if pairs.numel() == 0 or pairs.isnan().any():
@@ -197,9 +209,3 @@ def summarize_covariance(covariance: Tensor, summary: Summary = "mean") -> Tenso
     if summary == "negative":
         return (pairs < 0).double().mean()
     return pairs.min() if summary == "least" else pairs.mean()
-
-
-def check_summary(summary: str) -> None:
-    """Raise unless the summary is known."""
-    if summary not in ("mean", "negative", "least"):
-        raise ValueError(f"`summary` must be 'mean', 'negative' or 'least', got {summary!r}: choose one of the three.")

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lightning_plasticity import checks
 from lightning_plasticity.functional.activity import Reduce, unit_rows
 
 
@@ -55,14 +56,8 @@ def feature_rank(
         >>> feature_rank(torch.diag(torch.tensor([98.0, 1.5, 0.5])))
         tensor(2., dtype=torch.float64)
     """
-    check_delta(delta)
+    delta = checks.number("delta", delta, least=0, below=1)
     return feature_rank_of(singular_values(unit_rows(features, unit_dim, reduce)), delta)
-
-
-def check_delta(delta: float) -> None:
-    """Raise unless ``0 <= delta < 1``."""
-    if not 0 <= delta < 1:
-        raise ValueError(f"`delta` must be at least 0 and below 1, got {delta}: 0.01 is the usual choice.")
 
 
 def singular_values(rows: Tensor) -> Tensor:

@@ -43,11 +43,11 @@ class Case:
             >>> Case.parse("5MN"), Case.parse("25NS")
             (Case(fraction=0.05, reinit='mean_noise', std=None), Case(fraction=0.25, reinit='normal', std=0.2))
         """
-        parts = re.fullmatch(r"(\d+(?:\.\d+)?)(MN|M|NS|N)", text)
+        parts = re.fullmatch(r"(\d+(?:\.\d+)?)(MN|M|NS|N)", text) if isinstance(text, str) else None
         if parts is None or float(parts[1]) > 100:
             raise ValueError(
                 "A case is a percentage from 0 to 100 and one of the codes M, MN, NS and N, as in '10M' or '5MN', "
-                f"but got {text!r}."
+                f"but case is {text!r}. Write it like these."
             )
         codes: dict[str, tuple[Reinit, float | None]] = {
             "M": ("mean", None),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lightning_plasticity import checks
 from lightning_plasticity.functional.gradients import LossFunction, check_batch, measuring, trainable_parameters
 
 
@@ -43,7 +44,9 @@ def sharpness(
         >>> sharpness(model, lambda output, target: (output - target).square().sum() / 2, x, y)
         tensor(4.0000, dtype=torch.float64)
     """
-    check_lanczos(max_iterations, tolerance)
+    checks.module("model", model)
+    checks.function("loss_fn", loss_fn)
+    max_iterations, tolerance = check_lanczos(max_iterations, tolerance)
     with measuring(model):
         inputs, targets = check_batch(inputs, targets)
         parameters = list(trainable_parameters(model).values())
@@ -76,13 +79,9 @@ def sharpness(
         return largest_eigenvalue(hessian_times, start, max_iterations, tolerance).to(loss.device)
 
 
-def check_lanczos(max_iterations: int, tolerance: float) -> None:
-    """Raise unless the iteration can run and end."""
-    if max_iterations < 1 or not tolerance > 0:
-        raise ValueError(
-            f"`max_iterations` must be at least 1 and `tolerance` positive, got {max_iterations} and {tolerance}: "
-            "the defaults, 100 and 1e-3, suit most networks."
-        )
+def check_lanczos(max_iterations: int, tolerance: float) -> tuple[int, float]:
+    """The settings, if with them the iteration can run and end."""
+    return checks.count("max_iterations", max_iterations, least=1), checks.number("tolerance", tolerance, above=0)
 
 
 def largest_eigenvalue(

@@ -3,11 +3,12 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from lightning_plasticity import checks
 from lightning_plasticity.functional.weights import named_parameters
 
 Measure = Literal["steps", "loss"]
@@ -56,8 +57,9 @@ def trainability(
         >>> bool(trainability(model, torch.randn(8, 4), measure="loss", budget=20) > 0)
         True
     """
-    check_probe(measure, budget, target_loss, learning_rate)
-    if inputs.ndim == 0 or len(inputs) == 0:
+    checks.module("model", model)
+    check_probe(fresh, measure, budget, target_loss, learning_rate, seed)
+    if checks.tensor("inputs", inputs).ndim == 0 or len(inputs) == 0:
         raise ValueError(
             f"At least one example is required, got inputs of shape {tuple(inputs.shape)}: pass a batch of inputs."
         )
@@ -85,15 +87,16 @@ def trainability(
     return torch.tensor(of_model.steps, dtype=torch.float64, device=inputs.device) / fresh_steps
 
 
-def check_probe(measure: str, budget: int, target_loss: float, learning_rate: float) -> None:
+def check_probe(
+    fresh: object, measure: Measure, budget: int, target_loss: float, learning_rate: float, seed: int
+) -> None:
     """Raise unless the probe can run."""
-    if measure not in ("steps", "loss"):
-        raise ValueError(f"`measure` must be 'steps' or 'loss', got {measure!r}: choose one of the two.")
-    if budget < 1 or not target_loss > 0 or not learning_rate > 0:
-        raise ValueError(
-            "`budget` must be at least 1, `target_loss` and `learning_rate` positive, "
-            f"got {budget}, {target_loss} and {learning_rate}: the defaults suit small networks."
-        )
+    checks.optional(checks.function, "fresh", fresh)
+    checks.choice("measure", measure, get_args(Measure))
+    checks.count("budget", budget, least=1)
+    checks.number("target_loss", target_loss, above=0)
+    checks.number("learning_rate", learning_rate, above=0)
+    checks.seed("seed", seed)
 
 
 @dataclass(frozen=True)

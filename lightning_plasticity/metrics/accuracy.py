@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_plasticity import checks
 from lightning_plasticity.functional.accuracy import accuracy_slope, correct_predictions
 from lightning_plasticity.metrics.base import PlasticityMetric
 from lightning_plasticity.metrics.plotting import Plotted
@@ -84,17 +85,14 @@ class TaskAccuracy(PlasticityMetric):
     total_by_task: Tensor
 
     def __init__(self, summary: Literal["mean", "slope"] = "mean", **kwargs: Any) -> None:
-        if summary not in ("mean", "slope"):
-            raise ValueError(f"`summary` must be 'mean' or 'slope', got {summary!r}: choose one of the two.")
         super().__init__(**kwargs)
-        self.summary = summary
+        self.summary = checks.choice("summary", summary, ("mean", "slope"))
         self.add_state("correct_by_task", torch.zeros(1, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("total_by_task", torch.zeros(1, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, predictions: Tensor, targets: Tensor, task: int) -> None:
         """Take in predictions and targets, as for :class:`OnlineAccuracy`, of the task of this number, from 0."""
-        if task < 0:
-            raise ValueError(f"`task` must be at least 0, got {task}: number the tasks from 0.")
+        task = checks.count("task", task)
         correct = correct_predictions(predictions, targets).sum()
         missing = max(0, task + 1 - len(self.total_by_task))
         at_task = torch.arange(len(self.total_by_task) + missing, device=self.total_by_task.device) == task

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_plasticity import checks
 from lightning_plasticity.functional import activity
-from lightning_plasticity.functional.activity import Reduce, check_between
+from lightning_plasticity.functional.activity import Reduce
 from lightning_plasticity.metrics.base import UnitMetric
 
 
@@ -46,9 +47,8 @@ class DeadUnits(_ShareOfUnits):
     largest: Tensor
 
     def __init__(self, eps: float = 0.0, *, unit_dim: int | None = None, reduce: Reduce = None, **kwargs: Any) -> None:
-        check_between("eps", eps, 0.0, float("inf"))
         super().__init__(unit_dim=unit_dim, reduce=reduce, **kwargs)
-        self.eps = eps
+        self.eps = checks.number("eps", eps, least=0)
         self.add_state("largest", torch.zeros(1, dtype=torch.float64), dist_reduce_fx="max")
 
     def _accumulate(self, rows: Tensor) -> None:
@@ -87,9 +87,8 @@ class RarelyActiveUnits(_ShareOfUnits):
     def __init__(
         self, rate: float = 0.01, *, unit_dim: int | None = None, reduce: Reduce = None, **kwargs: Any
     ) -> None:
-        check_between("rate", rate, 0.0, 1.0)
         super().__init__(unit_dim=unit_dim, reduce=reduce, **kwargs)
-        self.rate = rate
+        self.rate = checks.number("rate", rate, least=0, most=1)
         self.add_state("nonzero", torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")
 
     def _accumulate(self, rows: Tensor) -> None:
@@ -131,9 +130,8 @@ class DormantUnits(_ShareOfUnits):
     def __init__(
         self, tau: float = 0.025, *, unit_dim: int | None = None, reduce: Reduce = None, **kwargs: Any
     ) -> None:
-        check_between("tau", tau, 0.0, float("inf"))
         super().__init__(unit_dim=unit_dim, reduce=reduce, **kwargs)
-        self.tau = tau
+        self.tau = checks.number("tau", tau, least=0)
         self.add_state("absolute", torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")
 
     def _accumulate(self, rows: Tensor) -> None:
@@ -256,9 +254,8 @@ class DuplicateUnits(_ShareOfUnits):
     def __init__(
         self, threshold: float = 0.95, *, unit_dim: int | None = None, reduce: Reduce = None, **kwargs: Any
     ) -> None:
-        check_between("threshold", threshold, -1.0, 1.0)
         super().__init__(unit_dim=unit_dim, reduce=reduce, **kwargs)
-        self.threshold = threshold
+        self.threshold = checks.number("threshold", threshold, least=-1, most=1)
         self.add_state("total", torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("products", torch.zeros(1, 1, dtype=torch.float64), dist_reduce_fx="sum")
 

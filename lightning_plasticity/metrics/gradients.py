@@ -1,6 +1,6 @@
 """What the gradients of a model look like."""
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from lightning_plasticity import checks
 from lightning_plasticity.functional import gradients
 from lightning_plasticity.functional.gradients import LossFunction, Summary
 from lightning_plasticity.functional.weights import Source, named_parameters
@@ -116,13 +117,12 @@ class GradientCovariance(PlasticityMetric):
         chunk_size: int | None = 16,
         **kwargs: Any,
     ) -> None:
-        gradients.check_summary(summary)
         # Rows are joined, not summed: nothing may be padded.
         kwargs.setdefault("dist_sync_fn", gather_all_tensors)
         super().__init__(**kwargs)
-        self.loss_fn = loss_fn
-        self.summary: Summary = summary
-        self.chunk_size = chunk_size
+        self.loss_fn: LossFunction = checks.function("loss_fn", loss_fn)
+        self.summary: Summary = checks.choice("summary", summary, get_args(Summary))
+        self.chunk_size = checks.optional(checks.count, "chunk_size", chunk_size, least=1)
         self.add_state("directions", [], dist_reduce_fx="cat")
 
     def update(self, model: torch.nn.Module, inputs: Tensor, targets: Tensor) -> None:

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_plasticity import checks
 from lightning_plasticity.functional.activity import Reduce, gram_matrix
 from lightning_plasticity.functional.rank import (
-    check_delta,
     effective_rank_of,
     feature_rank_of,
     singular_values_from_gram,
@@ -127,9 +127,8 @@ class FeatureRank(RankMetric):
     def __init__(
         self, delta: float = 0.01, *, unit_dim: int | None = None, reduce: Reduce = None, **kwargs: Any
     ) -> None:
-        check_delta(delta)
         super().__init__(unit_dim=unit_dim, reduce=reduce, **kwargs)
-        self.delta = delta
+        self.delta = checks.number("delta", delta, least=0, below=1)
 
     def _value(self) -> Tensor:
         return feature_rank_of(self._singular_values(), self.delta)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from lightning_plasticity import checks
 from lightning_plasticity.functional.gradients import LossFunction
 from lightning_plasticity.functional.sharpness import check_lanczos, sharpness
 from lightning_plasticity.metrics.base import MeanOverUpdates
@@ -40,9 +41,9 @@ class Sharpness(MeanOverUpdates):
         tolerance: float = 1e-3,
         **kwargs: Any,
     ) -> None:
-        check_lanczos(max_iterations, tolerance)
+        max_iterations, tolerance = check_lanczos(max_iterations, tolerance)
         super().__init__(max_iterations, tolerance, **kwargs)
-        self.loss_fn = loss_fn
+        self.loss_fn: LossFunction = checks.function("loss_fn", loss_fn)
         self.max_iterations = max_iterations
         self.tolerance = tolerance
 

@@ -56,7 +56,7 @@ class TrainabilityProbe(MeanOverUpdates):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        check_probe(measure, budget, target_loss, learning_rate)
+        check_probe(fresh, measure, budget, target_loss, learning_rate, seed)
         super().__init__(measure, budget, target_loss, learning_rate, seed, **kwargs)
         # In a dict: a module assigned as an attribute would become a part of the metric, and be trained along.
         self._arguments: dict[str, Any] = {

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_plasticity import checks
 from lightning_plasticity.functional import weights
 from lightning_plasticity.functional.weights import Source
 from lightning_plasticity.metrics.base import MeanOverUpdates, ReferencedMetric, copied
@@ -121,7 +122,7 @@ class DistanceFromInit(ReferencedMetric):
 
     def __init__(self, relative: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.relative = relative
+        self.relative = checks.flag("relative", relative)
 
     def update(self, model: Source) -> None:
         """Measure a module or named tensors; the first update is the reference."""

@@ -96,7 +96,7 @@ def test_what_is_logged():
 def test_what_cannot_work_is_refused():
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="coefficient must not be negative, got -1"):
+    with pytest.raises(ValueError, match="coefficient must be a finite number, at least 0, got -1"):
         L2Init(-1)
     with pytest.raises(ValueError, match="L2Init needs the optimizer"):
         L2Init().attach(model)

@@ -138,7 +138,7 @@ def attach(model: nn.Module, layers: int | str | list[str]) -> LayerReset:
 
 def test_what_cannot_work_is_refused():
     for layers in (0, -1, "", []):
-        with pytest.raises(ValueError, match="layers must be a positive number or names of modules"):
+        with pytest.raises(ValueError, match="layers must be a"):
             LayerReset(layers, every_n_epochs=1)
     with pytest.raises(ValueError, match="on_fit_start=True needs layers by name, got layers=1"):
         LayerReset(1, on_fit_start=True)

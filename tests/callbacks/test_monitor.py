@@ -462,7 +462,7 @@ def test_two_processes_measure_what_one_measures_on_all_data(tmp_path):
     ("arguments", "message"),
     [
         ({"every_n_epochs": None}, "when to measure"),
-        ({"every_n_train_steps": 0}, "every_n_train_steps must be a positive integer"),
+        ({"every_n_train_steps": 0}, "every_n_train_steps must be a whole number, at least 1,"),
         ({"every_n_train_steps": 3, "every_n_epochs": 2}, "Only one of"),
         ({"metrics": []}, "at least one metric"),
         ({"metrics": M.DeadUnits()}, "a list of metrics, a dict"),

@@ -436,10 +436,10 @@ def test_a_weight_that_is_computed() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"fraction": 1.1}, "fraction must be a number from 0 to 1, got 1.1"),
+        ({"fraction": 1.1}, "fraction must be a finite number, at least 0 and at most 1, got 1.1"),
         ({"reinit": "zero"}, "reinit must be one of .* got 'zero'"),
         ({"std": 0.2}, "belongs to reinit='normal', got 0.2 with 'mean'"),
-        ({"reinit": "normal", "std": -1.0}, "std must not be negative"),
+        ({"reinit": "normal", "std": -1.0}, "std must be a finite number, at least 0,"),
         (
             {"case": "10M", "std": 0.5},
             "stands for fraction, reinit and std, .* got fraction=None, reinit=None, std=0.5",
@@ -448,12 +448,15 @@ def test_a_weight_that_is_computed() -> None:
         ({"case": "10X"}, "A case is a percentage from 0 to 100 and one of the codes"),
         ({"utility": "fisher"}, "utility must be one of .* got 'fisher'"),
         ({"utility": "gradient"}, "needs gradients, and there are none when fitting starts"),
-        ({"utility": "gradient", "decay_rate": 1.0, "every_n_epochs": 1}, "decay_rate must be at least 0 and below 1"),
+        (
+            {"utility": "gradient", "decay_rate": 1.0, "every_n_epochs": 1},
+            "decay_rate must be a finite .* below 1, got 1.0",
+        ),
         ({"decay_rate": 0.5, "every_n_epochs": 1}, "belongs to utility='gradient', got 0.5 with 'magnitude'"),
         ({"threshold": 0.1, "relative_threshold": 0.1}, "Only one of threshold and relative_threshold"),
-        ({"threshold": -0.1}, "threshold must not be negative, got -0.1"),
-        ({"relative_threshold": -0.1}, "relative_threshold must not be negative, got -0.1"),
-        ({"zero_biases": "norms"}, "zero_biases must be True, False or 'all', got 'norms'"),
+        ({"threshold": -0.1}, "threshold must be a finite number, at least 0, got -0.1"),
+        ({"relative_threshold": -0.1}, "relative_threshold must be a finite number, at least 0, got -0.1"),
+        ({"zero_biases": "norms"}, "zero_biases must be one of True, False, 'all', got 'norms'"),
         ({"zero_biases": "all", "every_n_epochs": 1}, "got it with a schedule, where biases stay as they are"),
     ],
 )

@@ -95,9 +95,9 @@ def test_what_is_excluded_or_trained_by_another_optimizer_stays():
 def test_what_cannot_work_is_refused():
     with pytest.raises(ValueError, match="It must be said when to act"):
         ShrinkAndPerturb()
-    with pytest.raises(ValueError, match=r"shrink must not be negative, got -0\.1"):
+    with pytest.raises(ValueError, match=r"shrink must be a finite number, at least 0, got -0\.1"):
         ShrinkAndPerturb(-0.1, every_n_epochs=1)
-    with pytest.raises(ValueError, match="perturb must not be negative"):
+    with pytest.raises(ValueError, match="perturb must be a finite number, at least 0"):
         ShrinkAndPerturb(perturb=-0.1, every_n_epochs=1)
     with pytest.raises(ValueError, match="ShrinkAndPerturb needs parameters to work on"):
         ShrinkAndPerturb(every_n_train_steps=1, exclude="*").attach(network())

@@ -536,10 +536,10 @@ def test_a_network_without_weights_is_refused(model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"coefficient": 1.1}, "coefficient must be between 0 and 1, got 1.1"),
-        ({"classifier_coefficient": -0.1}, "classifier_coefficient must be between 0 and 1"),
+        ({"coefficient": 1.1}, "coefficient must be a finite number, at least 0 and at most 1, got 1.1"),
+        ({"classifier_coefficient": -0.1}, "classifier_coefficient must be a finite number, at least 0 and at most 1"),
         ({"classifier": "head"}, "needs a classifier_coefficient of its own"),
-        ({"rebase_on_lr_drop": 1.0}, "rebase_on_lr_drop must lie between 0 and 1"),
+        ({"rebase_on_lr_drop": 1.0}, "rebase_on_lr_drop must be a finite number, above 0 and below 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):

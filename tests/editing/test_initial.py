@@ -218,7 +218,7 @@ def test_the_recorded_state_is_not_shared() -> None:
 
 def test_bad_input_is_refused() -> None:
     net = Net()
-    with pytest.raises(ValueError, match=r"init must be one of .* but is 'xavier'"):
+    with pytest.raises(ValueError, match=r"init must be a function or one of .* got 'xavier'"):
         InitialDistribution(net, [], "xavier")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"there is no 'linear.scale'. Take a name from"):
         InitialDistribution(net, ["linear.scale"])
@@ -229,9 +229,23 @@ def test_bad_input_is_refused() -> None:
             InitialDistribution(net, [name], "kaiming_uniform")
     with pytest.raises(ValueError, match="'position' belongs to a Net, which has none"):
         InitialDistribution(net, ["position"], "reset_parameters")
-    initial = InitialDistribution(net, ["linear.weight"], lambda tensor, generator: tensor[:1])
+    for init, returned in ((lambda tensor, generator: tensor[:1], r"\(1, 6\)"), (lambda tensor, generator: 1, "1")):
+        with pytest.raises(ValueError, match=rf"of shape \(4, 6\) for 'linear.weight', but returned {returned}\."):
+            InitialDistribution(net, ["linear.weight"], init)
+    with pytest.raises(ValueError, match=r"fill 'linear.bias' of shape \(4,\).* raised ValueError\('Fan in and fan"):
+        InitialDistribution(net, ["linear.weight", "linear.bias"], nn.init.kaiming_uniform_)
+    with pytest.raises(ValueError, match=r"must give finite values, but for 'linear.weight' of shape \(4, 6\)"):
+        InitialDistribution(net, ["linear.weight"], lambda tensor, generator: tensor / 0)
+    calls = []
+
+    def other_shape_later(tensor, generator):
+        calls.append(tensor)
+        return tensor if len(calls) == 1 else tensor[:1]
+
+    initial = InitialDistribution(net, ["linear.weight"], other_shape_later)
     with pytest.raises(ValueError, match=r"a tensor of shape \(4, 6\) for 'linear.weight', but .* \(1, 6\)"):
         initial.draw("linear.weight", generator())
+    initial = InitialDistribution(net, ["linear.weight"])
     with pytest.raises(KeyError, match=r"linear.bias"):
         initial.draw("linear.bias", generator())
     other = InitialDistribution(net, ["linear.weight", "linear.bias"])

@@ -151,8 +151,8 @@ def test_epochs_need_a_trainer():
     ("settings", "message"),
     [
         ({}, "It must be said when to act"),
-        ({"every_n_epochs": 0}, "every_n_epochs must be a positive integer or None, got 0"),
-        ({"every_n_train_steps": 1.5}, "every_n_train_steps must be a positive integer or None, got 1.5"),
+        ({"every_n_epochs": 0}, "every_n_epochs must be a whole number, at least 1, got 0"),
+        ({"every_n_train_steps": 1.5}, "every_n_train_steps must be a whole number, at least 1, got 1.5"),
         ({"every_n_epochs": 1, "every_n_train_steps": 1}, "Only one of every_n_train_steps and every_n_epochs"),
     ],
 )

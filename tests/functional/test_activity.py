@@ -186,7 +186,7 @@ def test_features_keep_their_graph_and_values():
         (torch.zeros(3, 2, 4), {"unit_dim": 0}, "must not be 0"),
         (torch.zeros(3, 2, 4), {"unit_dim": -3}, "a dimension of the features other than 0"),
         (torch.zeros(3, 2, 4), {"unit_dim": 3}, "a dimension of the features other than 0"),
-        (torch.zeros(3, 2), {"reduce": "sum"}, "`reduce` must be None"),
+        (torch.zeros(3, 2), {"reduce": "sum"}, "reduce must be one of None, 'mean'"),
     ],
 )
 def test_features_that_cannot_be_arranged_are_refused(measure, features, settings, message):
@@ -197,10 +197,10 @@ def test_features_that_cannot_be_arranged_are_refused(measure, features, setting
 @pytest.mark.parametrize(
     ("measure", "settings", "message"),
     [
-        (dead_units, {"eps": -0.1}, "`eps` must lie between 0.0 and inf"),
-        (rarely_active_units, {"rate": 1.5}, "`rate` must lie between"),
-        (dormant_units, {"tau": float("nan")}, "`tau` must lie between"),
-        (duplicate_units, {"threshold": 2.0}, "`threshold` must lie between"),
+        (dead_units, {"eps": -0.1}, "eps must be a finite number, at least 0,"),
+        (rarely_active_units, {"rate": 1.5}, "rate must be a finite number, at least 0 and at most 1,"),
+        (dormant_units, {"tau": float("nan")}, "tau must be a finite number, at least 0,"),
+        (duplicate_units, {"threshold": 2.0}, "threshold must be a finite number, at least -1 and at most 1,"),
         (saturated_units, {"low": 1.0, "high": 0.0}, "low < high"),
         (saturated_units, {"margin": 1.0}, "margin=1.0: pass the activation's bounds"),
         (saturated_units, {"margin": -0.1}, "margin=-0.1"),

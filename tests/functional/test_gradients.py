@@ -161,7 +161,7 @@ def test_summaries_leave_out_the_diagonal():
     assert summarize_covariance(covariance, "negative").item() == pytest.approx(2 / 3)
     assert summarize_covariance(covariance, "least").item() == -0.5
     assert summarize_covariance(torch.ones(1, 1)).isnan()  # one example has no pair
-    with pytest.raises(ValueError, match="`summary` must be 'mean', 'negative' or 'least', got 'median'"):
+    with pytest.raises(ValueError, match="summary must be one of 'mean', 'negative', 'least', got 'median'"):
         summarize_covariance(covariance, "median")
 
 

@@ -136,7 +136,7 @@ def test_what_is_not_finite_gives_nan(value):
 
 @pytest.mark.parametrize("delta", [-0.1, 1.0, float("nan")])
 def test_delta_is_checked(delta):
-    with pytest.raises(ValueError, match="`delta` must be at least 0 and below 1"):
+    with pytest.raises(ValueError, match="delta must be a finite number, at least 0 and below 1,"):
         feature_rank(torch.eye(2), delta)
 
 

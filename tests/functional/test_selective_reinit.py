@@ -145,5 +145,5 @@ def test_cases() -> None:
 
 @pytest.mark.parametrize("text", ["", "M", "10", "10X", "10m", "-5M", "101M", "10 M", "1.M", "10MNS"])
 def test_what_is_no_case(text: str) -> None:
-    with pytest.raises(ValueError, match=f"one of the codes M, MN, NS and N, .* but got '{text}'"):
+    with pytest.raises(ValueError, match=f"one of the codes M, MN, NS and N, .* but case is '{text}'"):
         Case.parse(text)

@@ -127,7 +127,7 @@ def test_what_cannot_be_measured_is_refused():
     with pytest.raises(ValueError, match="same number of examples"):
         sharpness(model, mse_loss, x, y[:2])
     for settings in ({"max_iterations": 0}, {"tolerance": 0.0}):
-        with pytest.raises(ValueError, match="`max_iterations` must be at least 1 and `tolerance` positive"):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))} must be a"):
             sharpness(model, mse_loss, x, y, **settings)
     with pytest.raises(ValueError, match="requires a gradient"):
         sharpness(model.requires_grad_(False), mse_loss, x, y)

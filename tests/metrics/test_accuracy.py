@@ -35,9 +35,9 @@ def test_a_falling_accuracy_has_a_negative_slope():
 
 
 def test_what_cannot_be_counted_is_refused():
-    with pytest.raises(ValueError, match="`task` must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="task must be a whole number, at least 0, got -1"):
         M.TaskAccuracy().update(torch.tensor([1]), torch.tensor([1]), -1)
-    with pytest.raises(ValueError, match="`summary` must be 'mean' or 'slope', got 'last'"):
+    with pytest.raises(ValueError, match="summary must be one of 'mean', 'slope', got 'last'"):
         M.TaskAccuracy(summary="last")
     with pytest.raises(ValueError, match="integer targets"):
         M.OnlineAccuracy().update(torch.tensor([0.5]), torch.tensor([1]))

@@ -38,11 +38,11 @@ def test_one_sample_has_no_correlation():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: M.DeadUnits(eps=-1.0), "`eps` must lie between"),
-        (lambda: M.RarelyActiveUnits(rate=2.0), "`rate` must lie between"),
-        (lambda: M.DormantUnits(tau=-0.1), "`tau` must lie between"),
+        (lambda: M.DeadUnits(eps=-1.0), "eps must be a finite number, at least 0,"),
+        (lambda: M.RarelyActiveUnits(rate=2.0), "rate must be a finite number, at least 0 and at most 1,"),
+        (lambda: M.DormantUnits(tau=-0.1), "tau must be a finite number, at least 0,"),
         (lambda: M.SaturatedUnits(low=0.0, high=0.0), "low < high"),
-        (lambda: M.DuplicateUnits(threshold=-2.0), "`threshold` must lie between"),
+        (lambda: M.DuplicateUnits(threshold=-2.0), "threshold must be a finite number, at least -1 and at most 1,"),
     ],
 )
 def test_settings_are_checked_when_the_metric_is_made(make, message):

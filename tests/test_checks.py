@@ -1,0 +1,260 @@
+"""Wrong settings: every constructor and function refuses them with an error that names the argument."""
+
+import inspect
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import lightning_plasticity
+from lightning_plasticity import callbacks, checks, functional, metrics
+from lightning_plasticity.engine.schedule import Schedule
+from lightning_plasticity.functional.activation_reset import ActivationStrategy
+
+NAN, INFINITY = float("nan"), float("inf")
+NO_NUMBERS = [None, "1", b"1", [1], (1,), {1: 1}, True, False, 1j, object(), torch.tensor(1.0), np.ones(2), print]
+NO_COUNTS = [*NO_NUMBERS, NAN, INFINITY, 1.5, 2.0, -1, Fraction(1, 2), -(10**400)]
+WRONG: dict[str, list[Any]] = {
+    "count from 0": NO_COUNTS,
+    "count from 1": [*NO_COUNTS, 0],
+    "from 0": [*NO_NUMBERS, NAN, INFINITY, -INFINITY, -1e-9, 10**400],
+    "above 0": [*NO_NUMBERS, NAN, INFINITY, 0, 0.0, -1.0],
+    "from 0 to 1": [*NO_NUMBERS, NAN, INFINITY, -0.1, 1.1],
+    "from 0 below 1": [*NO_NUMBERS, NAN, INFINITY, -0.1, 1.0],
+    "between 0 and 1": [*NO_NUMBERS, NAN, INFINITY, 0.0, 1.0],
+    "from -1 to 1": [*NO_NUMBERS, NAN, INFINITY, -1.1, 1.1],
+    "finite": [*NO_NUMBERS, NAN, INFINITY, -INFINITY],
+    "flag": [None, "yes", 1, 0, 1.0, [], torch.tensor(True), np.ones(2)],
+    "choice": ["no such word", 1.5, 0, b"relu", [], object(), torch.ones(2), np.ones(2), NAN],
+    "init": ["no such word", 1.5, None, [], torch.ones(2), NAN],
+    "zero_biases": ["no such word", 1.5, 1, 0, None, torch.tensor(True), np.ones(2)],
+    "reduce": ["no such word", 1.5, 0, False, [], torch.ones(2)],
+    "words": [None, 1, 1.5, "", [""], [1], ["a", None], {"a": 1}, b"a", torch.ones(2), object()],
+    "name": ["", 1, 1.5, ["a"], b"a", True, torch.ones(2)],
+    "seed": ["1", 1.5, True, NAN, 2**64, -(2**63) - 1, torch.tensor(1), [1]],
+    "function": ["abs", 1, [print], torch.ones(2)],
+    "unit_dim": ["1", 1.5, True, 0, [1], NAN, torch.tensor(1)],
+    "layers": ["", 0, -1, 1.5, True, None, [""], [1], [], NAN, b"a"],
+    "metrics": ["DeadUnits", 1, [1], [None], {"a": 1}, [], {}, [metrics.DeadUnits(), metrics.DeadUnits()]],
+    "strategy": ["elu", 1, None, {"a": "elu"}, {1: "relu"}, {"": "relu"}, torch.ones(2), ["relu"]],
+    "units": ["0", 1, [], [None], ["0"], {"0": 1}, {}, torch.ones(2)],
+    "case": [None, 10, "10", "M", "101M", "-1M", "1e1M", b"10M", ""],
+}
+# What may also be None is marked with a question mark.
+COMMON = {"module": "name?", "optimizer_state": "choice", "seed": "seed?"}
+UNITS = {**COMMON, "exclude": "words", "units": "units?"}
+STEPS = {"every_n_train_steps": "count from 1?", "every_n_epochs": "count from 1?"}
+FEATURES = {"features": "", "unit_dim": "unit_dim?", "reduce": "reduce", "kwargs": ""}
+LANCZOS = {"loss_fn": "function", "max_iterations": "count from 1", "tolerance": "above 0"}
+PROBE = {
+    "fresh": "function?",
+    "measure": "choice",
+    "budget": "count from 1",
+    "target_loss": "above 0",
+    "learning_rate": "above 0",
+    "seed": "seed",
+}
+CALLBACKS: dict[str, dict[str, str]] = {
+    "ActivationReset": {
+        **UNITS,
+        "strategy": "strategy",
+        "decay_rate": "from 0 below 1",
+        "maturity_threshold": "count from 0",
+        "max_weight": "above 0?",
+    },
+    "ContinualBackprop": {
+        **UNITS,
+        "replacement_rate": "from 0 to 1",
+        "maturity_threshold": "count from 0",
+        "decay_rate": "from 0 below 1",
+        "utility": "choice",
+        "init": "init",
+        "compensate_bias": "flag",
+    },
+    "L2Init": {**COMMON, "coefficient": "from 0", "exclude": "words"},
+    "LayerReset": {**COMMON, **STEPS, "layers": "layers", "on_fit_start": "flag", "init": "init"},
+    "PlasticityMonitor": {
+        **STEPS,
+        "metrics": "metrics?",
+        "module": "name?",
+        "layers": "words?",
+        "probe_batch": "",
+        "figures": "flag",
+    },
+    "ReDo": {
+        **UNITS,
+        "threshold": "from 0",
+        "every_n_train_steps": "count from 1",
+        "score_steps": "count from 1",
+        "init": "init",
+    },
+    "SelectiveReinit": {
+        **COMMON,
+        **STEPS,
+        "fraction": "from 0 to 1?",
+        "reinit": "choice?",
+        "case": "case?",
+        "std": "from 0?",
+        "utility": "choice",
+        "decay_rate": "from 0 below 1",
+        "threshold": "from 0?",
+        "relative_threshold": "from 0?",
+        "zero_biases": "zero_biases",
+        "include": "words",
+        "exclude": "words",
+    },
+    "ShrinkAndPerturb": {
+        **COMMON,
+        **STEPS,
+        "shrink": "from 0",
+        "perturb": "from 0",
+        "on_fit_start": "flag",
+        "init": "init",
+        "exclude": "words",
+    },
+    "SoftWeightRescaling": {
+        **COMMON,
+        "coefficient": "from 0 to 1",
+        "classifier_coefficient": "from 0 to 1?",
+        "classifier": "words?",
+        "tie_residual": "flag",
+        "rebase_on_lr_drop": "between 0 and 1?",
+        "exclude": "words",
+    },
+}
+METRICS: dict[str, dict[str, str]] = {
+    "DeadUnits": {**FEATURES, "eps": "from 0"},
+    "RarelyActiveUnits": {**FEATURES, "rate": "from 0 to 1"},
+    "DormantUnits": {**FEATURES, "tau": "from 0"},
+    "SaturatedUnits": {**FEATURES, "low": "finite", "high": "finite", "margin": "finite"},
+    "SignEntropy": FEATURES,
+    "DuplicateUnits": {**FEATURES, "threshold": "from -1 to 1"},
+    "EffectiveRank": FEATURES,
+    "StableRank": FEATURES,
+    "FeatureRank": {**FEATURES, "delta": "from 0 below 1"},
+    "GradientCovariance": {
+        "loss_fn": "function",
+        "summary": "choice",
+        "chunk_size": "count from 1?",
+        "kwargs": "",
+    },
+    "Sharpness": {**LANCZOS, "kwargs": ""},
+    "TrainabilityProbe": {**PROBE, "kwargs": ""},
+    "DistanceFromInit": {"relative": "flag", "kwargs": ""},
+    "TaskAccuracy": {"summary": "choice", "kwargs": ""},
+    **{
+        name: {"kwargs": ""}
+        for name in (
+            *("Balancedness", "GradientNorm", "OnlineAccuracy", "UpdateRatio", "WeightMagnitude", "WeightNorm"),
+            "ZeroGradientFraction",
+        )
+    },
+}
+RATES = {"low_rate": "from 0 to 1", "high_rate": "from 0 to 1", "low_scale": "finite", "high_scale": "finite"}
+OF_FUNCTIONS = {"DeadUnits": "dead_units", "RarelyActiveUnits": "rarely_active_units", "DormantUnits": "dormant_units"}
+OF_FUNCTIONS |= {"SaturatedUnits": "saturated_units", "SignEntropy": "sign_entropy", "FeatureRank": "feature_rank"}
+OF_FUNCTIONS |= {"DuplicateUnits": "duplicate_units", "EffectiveRank": "effective_rank", "StableRank": "stable_rank"}
+
+
+def on_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda **settings: function(torch.rand(4, 3), **settings)
+
+
+def on_a_network(function: Callable[..., Any], *more: Any) -> Callable[..., Any]:
+    loss = () if function is functional.trainability else (torch.nn.functional.mse_loss,)
+    return lambda **settings: function(
+        **{
+            "model": torch.nn.Linear(3, 2),
+            **({"loss_fn": loss[0], "targets": torch.zeros(2, 2)} if loss else {}),
+            "inputs": torch.zeros(2, 3),
+            **settings,
+        }
+    )
+
+
+def scheduled(name: str) -> Callable[..., Any]:
+    """The constructor of a callback with a schedule, where the setting at hand is none itself."""
+    make = getattr(callbacks, name)
+
+    def made(**settings: Any) -> Any:
+        needs = name in ("LayerReset", "ShrinkAndPerturb") and not {*STEPS} & {*settings}
+        return make(**settings, **({"every_n_train_steps": 5} if needs else {}))
+
+    return made
+
+
+TABLE: list[tuple[str, Callable[..., Any], str, str]] = [
+    *((name, scheduled(name), argument, kind) for name, row in CALLBACKS.items() for argument, kind in row.items()),
+    *((name, getattr(metrics, name), key, kind) for name, row in METRICS.items() for key, kind in row.items()),
+    *(
+        (function, on_rows(getattr(functional, function)), argument, kind)
+        for metric, function in OF_FUNCTIONS.items()
+        for argument, kind in METRICS[metric].items()
+    ),
+    *(("sharpness", on_a_network(functional.sharpness), argument, kind) for argument, kind in LANCZOS.items()),
+    *(("trainability", on_a_network(functional.trainability), argument, kind) for argument, kind in PROBE.items()),
+    *(
+        ("per_sample_gradients", on_a_network(functional.per_sample_gradients), argument, kind)
+        for argument, kind in {"loss_fn": "function", "chunk_size": "count from 1?"}.items()
+    ),
+    *(("Schedule", Schedule, argument, kind) for argument, kind in {**STEPS, "on_fit_start": "flag"}.items()),
+    *(
+        ("ActivationStrategy", lambda **one: ActivationStrategy(**{**dict.fromkeys(RATES, 0.5), **one}), name, kind)
+        for name, kind in RATES.items()
+    ),
+    ("from_case", lightning_plasticity.SelectiveReinit.from_case, "case", "case"),
+]
+
+
+def cases() -> list[Any]:
+    return [
+        pytest.param(make, argument, value, id=f"{name}({argument}={checks.shown(value)})")
+        for name, make, argument, kind in TABLE
+        if kind
+        for value in WRONG[kind.removesuffix("?")]
+        if not (value is None and kind.endswith("?"))
+    ]
+
+
+def test_the_table_has_every_argument_of_every_constructor() -> None:
+    rooms = ((callbacks, CALLBACKS), (metrics, METRICS))
+    for room, table in rooms:
+        assert set(room.__all__) == set(table)
+        for name, row in table.items():
+            arguments = set(inspect.signature(getattr(room, name)).parameters)
+            assert arguments == set(row) - {"features"}, name
+    assert len(cases()) > 900
+
+
+@pytest.mark.parametrize(("make", "argument", "value"), cases())
+def test_a_wrong_setting_is_refused_by_name(make: Callable[..., Any], argument: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"\b{argument}\b") as refused:
+        make(**{argument: value})
+    raised_in = refused.traceback[-1].path
+    assert "lightning_plasticity" in str(raised_in), f"raised outside the package, in {raised_in}"
+
+
+def test_numbers_of_numpy_become_plain_ones() -> None:
+    method = callbacks.ContinualBackprop(np.float32(0.5), np.int64(3), np.float64(0.5), seed=np.int32(1))
+    settings = [method.replacement_rate, method.maturity_threshold, method.decay_rate, method.seed]
+    assert settings == [0.5, 3, 0.5, 1]
+    assert [type(one) for one in settings] == [float, int, float, int]
+    strategy = ActivationStrategy(np.float32(0.5), Fraction(1, 4), 1, np.int64(2))
+    assert {type(getattr(strategy, name)) for name in RATES} == {float}
+    assert type(Schedule(np.int64(3)).every_n_train_steps) is int
+
+
+def test_a_network_and_tensors_are_required() -> None:
+    with pytest.raises(ValueError, match=r"model must be a torch.nn.Module, got 'net'. Give the network"):
+        checks.module("model", "net")
+    with pytest.raises(ValueError, match=r"inputs must be a tensor, got \[1\] \(a list\). Convert it"):
+        checks.tensor("inputs", [1])
+
+
+def test_what_an_error_shows_is_short() -> None:
+    assert len(checks.shown("x" * 1000)) < 100
+    assert len(checks.shown(torch.zeros(1000))) < 100
+    assert len(checks.shown(list(range(1000)))) < 100
