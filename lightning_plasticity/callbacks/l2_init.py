@@ -25,8 +25,9 @@ class L2Init(PlasticityCallback):
 
     with :math:`\eta` the learning rate that the parameter's group had in that step. This is the penalty
     :math:`\frac{\lambda}{2} \|\theta - \theta_0\|^2` decoupled from the loss, as AdamW decouples weight decay. All
-    parameters of the optimizer count, those of normalisation layers and biases as well. The initial values are those of
-    when training began; they are kept, and saved in the checkpoint, at the cost of one copy of the parameters.
+    parameters of the optimizer count that are not frozen, those of normalisation layers and biases as well. The initial
+    values are those of when training began; they are kept, and saved in the checkpoint, at the cost of one copy of the
+    parameters.
 
     Args:
         coefficient: :math:`\lambda`.
@@ -98,7 +99,7 @@ class L2Init(PlasticityCallback):
     def _after_step(self, optimizer: Optimizer | None) -> None:
         assert optimizer is not None, "_start refuses a loop without optimizers"
         for group in optimizer.param_groups:
-            values = [parameter for parameter in group["params"] if parameter in self._initial]
+            values = [p for p in group["params"] if p in self._initial and p.requires_grad]
             if values:
                 initial = [self._initial[parameter] for parameter in values]
                 self.editor.add(values, l2_init_update(values, initial, group["lr"] * self.coefficient))

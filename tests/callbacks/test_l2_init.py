@@ -70,6 +70,20 @@ def test_what_is_excluded_or_trained_by_another_optimizer_stays():
     torch.testing.assert_close(model[0].weight, before["0.weight"] - 0.5)
 
 
+def test_a_frozen_parameter_in_the_optimizer_is_left_to_who_moves_it():
+    model = nn.ModuleDict({"online": nn.Linear(2, 2), "target": nn.Linear(2, 2).requires_grad_(False)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    method = L2Init(0.5).attach(model, optimizer)
+    model["target"].weight += 1
+    averaged = model["target"].weight.clone()
+    model["online"](torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    stepped = model["online"].weight.detach().clone()
+    method.step()
+    assert torch.equal(model["target"].weight, averaged)
+    assert not torch.equal(model["online"].weight, stepped)
+
+
 def test_a_parameter_that_joins_the_optimizer_later_is_drawn_to_where_it_began():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].requires_grad_(False)
