@@ -22,6 +22,7 @@ class Layer:
     name: str
     module: nn.Linear | _ConvNd
     reason: str | None = None
+    unmarked: str | None = None  # why its units are never NaN, though its columns are read
     first: int = 0  # number of its first output channel
     passes: bool = False  # a depthwise convolution whose channels belong to the units that feed it
 
@@ -85,6 +86,11 @@ def nan_channels(x: Tensor, dim: int) -> Tensor:
 def clean(x: Tensor) -> Tensor:
     """Zeros in place of NaN."""
     return torch.where(x.isnan(), torch.zeros((), dtype=x.dtype, device=x.device), x)
+
+
+def ones_for_nan(x: Tensor) -> Tensor:
+    """Ones in place of NaN: a probability, a scale and a count may be one."""
+    return torch.where(x.isnan(), torch.ones((), dtype=x.dtype, device=x.device), x)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:

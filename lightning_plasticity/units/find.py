@@ -101,7 +101,7 @@ def explore(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *,
         if explain:
             _explain(wiring)
         units = _assemble(wiring)
-        left_out = {layer.name: layer.reason for layer in network.layers if layer.reason is not None}
+        left_out = {layer.name: reason for layer in network.layers if (reason := layer.reason or layer.unmarked)}
     return Findings(units, left_out, network.runs)
 
 
@@ -126,7 +126,7 @@ def _explain(wiring: Wiring) -> None:
     proven = wiring.members(wiring.proven)
     for layer in wiring.layers:
         numbers = layer.numbers
-        if bool(proven[numbers].any()):
+        if bool(proven[numbers].any()) or layer.unmarked is not None:
             continue
         # every second unit: where all inputs of a layer then arrive as NaN, the units were mixed before
         chosen = torch.zeros(wiring.count, dtype=torch.bool)

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,8 +32,12 @@ from lightning_plasticity.units.channels import (
     is_norm,
     map_tensors,
     nan_channels,
+    ones_for_nan,
     tensors_in,
 )
+from lightning_plasticity.units.examining import is_examining as is_examining
+from lightning_plasticity.units.examining import quietly, random_states
+from lightning_plasticity.units.examining import undisturbed as undisturbed
 from lightning_plasticity.units.names import named_modules_as_written
 
 # Layers that mix their input channels in a way for which no column of one weight belongs to one input channel.
@@ -52,6 +54,8 @@ _ACTIVATIONS = frozenset(
 _PRODUCTS = frozenset(["mul", "multiply", "__mul__", "__rmul__", "__imul__"])
 LAYER_CALLS = frozenset(["linear", "conv1d", "conv2d", "conv3d"])
 _SCALAR_READS = frozenset(["item", "tolist", "__bool__", "__float__", "__int__", "__index__"])
+_LOOKS_FOR_NAN = frozenset(["isfinite", "isnan", "isinf", "isposinf", "isneginf"])
+_REPLACES_NAN = frozenset(["nan_to_num", "nan_to_num_"])
 # Calls on a parameter that only look at it.
 _GLANCES = frozenset(
     (
@@ -63,60 +67,6 @@ _GLANCES = frozenset(
 
 class StopRun(BaseException):
     """Ends a run early. Not an ``Exception``, so that a network's own handlers let it through."""
-
-
-_examinations = 0  # how many are going on, one inside another
-
-
-def is_examining() -> bool:
-    """Whether a network is being examined: then its calls are no training, and hooks on it have nothing to hear.
-
-    Example:
-        >>> model = nn.Linear(2, 2)
-        >>> with undisturbed(model):
-        ...     is_examining()
-        True
-        >>> is_examining()
-        False
-    """
-    return _examinations > 0
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Examines a network: puts training flags, buffers and every random state back as they were.
-
-    Meanwhile :func:`is_examining` is true, and autocasting, which goes on where it was on, keeps no casts of weights:
-    one that was made without gradients would be taken again when training goes on, and cut its gradients off.
-    """
-    global _examinations
-    import numpy as np
-
-    flags = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-    keeps_casts = torch.is_autocast_cache_enabled()
-    _examinations += 1
-    torch.set_autocast_cache_enabled(False)
-    try:
-        # dispatches on one accelerator type at a time; a network on two types of accelerators does not occur
-        kind = next((d.type for d in devices), "cuda")
-        indices = [d.index if d.index is not None else 0 for d in devices]
-        with torch.random.fork_rng(devices=indices, device_type=kind):
-            yield
-    finally:
-        torch.set_autocast_cache_enabled(keeps_casts)
-        _examinations -= 1
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        for module, training in flags.items():
-            module.training = training
-        with torch.no_grad():
-            for buffer, before in buffers:
-                # a NaN in a buffer that was there before is equal to itself here
-                if not torch.equal(buffer.nan_to_num(), before.nan_to_num()) or buffer.isnan().any():
-                    buffer.copy_(before)
 
 
 class Network:
@@ -133,10 +83,14 @@ class Network:
         self.norms = {name: m for name, m in modules.items() if is_norm(m)}
         self.opaque = {name: m for name, m in modules.items() if isinstance(m, _OPAQUE)}
         self.mixing: set[str] = set()  # norms in which one channel's NaN reaches others
+        self.nan_of_its_own = False  # whether it looks for NaN and finds some without our doing
         self.training_path = False
         self.runs = 0
-        self._random_state = torch.get_rng_state()
+        self._put_random_states_back = random_states(model)
         self._mark_unusable_weights()
+
+    def __str__(self) -> str:
+        return type(self.model).__name__
 
     def _mark_unusable_weights(self) -> None:
         owners: dict[int, list[str]] = defaultdict(list)
@@ -160,11 +114,10 @@ class Network:
             module.training = self.training_path and not leaf
 
     def run(self, watch: Watch) -> Any:
-        """One forward pass under ``watch``."""
+        """One forward pass under ``watch``; None where it ended early."""
         self.runs += 1
         self.set_modes()
-        torch.set_rng_state(self._random_state)
-        random.seed(0)
+        self._put_random_states_back()
         handles = [
             layer.module.register_forward_pre_hook(watch.before_layer(layer), with_kwargs=True) for layer in self.layers
         ]
@@ -175,29 +128,43 @@ class Network:
         for name, module in self.norms.items():
             handles.append(module.register_forward_pre_hook(watch.before_norm))
             handles.append(module.register_forward_hook(watch.after_norm(name), with_kwargs=True))
-        fast_path = torch.backends.mha.get_fastpath_enabled()
         try:
-            torch.backends.mha.set_fastpath_enabled(False)
-            with (
-                torch.no_grad(),
-                torch.compiler.set_stance("force_eager"),
-                warnings.catch_warnings(),
-                watch,
-            ):
-                warnings.simplefilter("ignore")
+            with quietly(), watch:
                 outputs = self.model(*self.args, **self.kwargs)
             watch.finish(outputs)
             return outputs
         except StopRun:
             return None
+        except Exception as error:
+            if watch.refuses(error):
+                raise
+            return None
         finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
             for handle in handles:
                 handle.remove()
 
 
+def describe(error: BaseException | None) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _has_nan(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    return any(bool(x.isnan().any()) for x in tensors_in((args, kwargs)))
+
+
+def _without_nan(name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a function that looks for NaN gives where there is none; NaN that it would replace stays."""
+    if name in _LOOKS_FOR_NAN:
+        return func(*map_tensors(clean, args), **map_tensors(clean, kwargs))
+    nans = next(tensors_in((args, kwargs))).isnan()
+    return func(*args, **kwargs).masked_fill_(nans, math.nan)
+
+
 class Watch(TorchFunctionMode):
     """What is done to a forward pass and written down of it; this base does nothing, each kind of run its part."""
+
+    marks = False  # whether units are NaN in this run
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -242,6 +209,10 @@ class Watch(TorchFunctionMode):
 
     def finish(self, outputs: Any) -> None:
         """The forward pass is over."""
+
+    def refuses(self, error: Exception) -> bool:
+        """The network's own code has raised an error; returns whether it is to be raised again."""
+        return True
 
     # ---- hooks
 
@@ -337,16 +308,34 @@ class Watch(TorchFunctionMode):
         if name not in _GLANCES:
             with self._pause():
                 args = self._before_call(name, args, kwargs)
-        result = func(*args, **kwargs)
-        if self._inside_norms:
-            return result
-        if name in _SCALAR_READS or (
-            isinstance(result, Tensor) and not (result.is_floating_point() or result.is_complex())
+        result = self._call(name, func, args, kwargs)
+        carries_no_nan = isinstance(result, Tensor) and not (result.is_floating_point() or result.is_complex())
+        if (
+            (name in _SCALAR_READS or carries_no_nan)
+            and not (self._inside_norms or name in _LOOKS_FOR_NAN)
+            and _has_nan(args, kwargs)
         ):
-            with self._pause():
-                if any(bool(x.isnan().any()) for x in tensors_in((args, kwargs))):
-                    self.decides(name)
+            self.decides(name)
         return result
+
+    def _call(self, name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Calls a function; one that looks for NaN does not find those that stand for units.
+
+        A function that does not take NaN (a sampler, a decomposition) gets ones instead, as do numbers for Python.
+        """
+        if name in _LOOKS_FOR_NAN or name in _REPLACES_NAN:
+            if not self.marks:
+                self.network.nan_of_its_own |= _has_nan(args, kwargs)
+            elif not self.network.nan_of_its_own:
+                return _without_nan(name, func, args, kwargs)
+        try:
+            if not (self.marks and name in _SCALAR_READS and _has_nan(args, kwargs)):
+                return func(*args, **kwargs)
+        except Exception:
+            if not (self.marks and _has_nan(args, kwargs)):
+                raise
+        self.decides(name)
+        return func(*map_tensors(ones_for_nan, args), **map_tensors(ones_for_nan, kwargs))
 
     def _before_call(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
         if any(isinstance(argument, nn.Parameter) for argument in itertools.chain(args, kwargs.values())):

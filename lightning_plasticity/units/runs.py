@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_plasticity.units.channels import Layer, Site, clean, nan_channels, norm_dims, tensors_in
-from lightning_plasticity.units.probing import LAYER_CALLS, Network, StopRun, Watch
+from lightning_plasticity.units.probing import LAYER_CALLS, Network, StopRun, Watch, describe
 
 
 class Survey(Watch):
@@ -70,13 +70,15 @@ class Survey(Watch):
 class _Marked(Watch):
     """A run in which some channels are NaN when they leave their layer."""
 
+    marks = True
+
     def __init__(self, network: Network, marked: Tensor) -> None:
         super().__init__(network)
         self.marked = marked
 
     @override
     def leaves(self, layer: Layer, output: Tensor) -> Tensor:
-        if layer.reason is not None:
+        if layer.reason is not None or layer.unmarked is not None:
             return output
         channels = self.marked[layer.first : layer.first + layer.size].nonzero().squeeze(1)
         return output.index_fill(layer.channel_dim, channels.to(output.device), math.nan)
@@ -92,8 +94,8 @@ class Gate:
 class FindGates(_Marked):
     """A run with every second channel NaN: where do two tensors that carry channels meet, and in which dimension?"""
 
-    def __init__(self, network: Network, channels: int) -> None:
-        super().__init__(network, torch.arange(channels) % 2 == 0)
+    def __init__(self, network: Network, marked: Tensor) -> None:
+        super().__init__(network, marked)
         self.gates: dict[int, Gate] = {}
         self.activations: dict[int, tuple[str, int]] = {}
 
@@ -239,6 +241,11 @@ class Proof(_Marked):
         if any(bool(x.isnan().any()) for x in tensors_in(outputs)):
             self._escaped("the network's output")
 
+    @override
+    def refuses(self, error: Exception) -> bool:
+        self.escape = f"a check of their values, which raises {describe(error)}"
+        return False
+
 
 class Noise(Watch):
     """Members carry noise and their own columns ignore it: the network's output must not depend on the noise."""
@@ -247,6 +254,12 @@ class Noise(Watch):
         super().__init__(network)
         self.members, self.units = members, units
         self.generator = torch.Generator().manual_seed(seed)
+        self.refused = False  # the network's own code has raised an error
+
+    @override
+    def refuses(self, error: Exception) -> bool:
+        self.refused = True
+        return False
 
     @override
     def leaves(self, layer: Layer, output: Tensor) -> Tensor:

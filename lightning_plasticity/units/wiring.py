@@ -6,13 +6,17 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_plasticity.units.channels import Layer, Site, tensors_in
-from lightning_plasticity.units.probing import Network
+from lightning_plasticity.units.examining import ForwardError
+from lightning_plasticity.units.probing import Network, Watch, describe
 from lightning_plasticity.units.runs import FindGates, Gate, Noise, Proof, ReadCodes, Survey
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -79,20 +83,12 @@ class Wiring:
 
     def _survey(self) -> list[Layer]:
         """Calls each layer once; returns the usable ones in the order of their calls, numbered."""
-        survey = Survey(self.network)
-        try:
-            self.network.run(survey)
-        except Exception as error:
-            raise ValueError(
-                f"{type(self.network.model).__name__} does not run on the example input: {error} "
-                "Give what it is called with, as in model(*inputs)."
-            ) from error
-        if len(survey.order) < len(self.network.layers):
-            survey = self._survey_training_path(survey)
+        survey = self._first_survey()
         if survey.nan_outputs:
             raise ValueError(
-                "The network's output is NaN for the example input, so its units cannot be told apart by NaN. Give "
-                "an example (and parameters) for which the output is finite."
+                f"lightning_plasticity cannot examine {self.network}, for its output is NaN for the example input, so "
+                "that its units cannot be told apart by NaN. Give an example (and parameters) for which the output is "
+                "finite, or name a part of the network with module=."
             )
         survey.mark()
         layers = [layer for layer in survey.order if layer.reason is None]
@@ -102,21 +98,60 @@ class Wiring:
             first += layer.size
         return layers
 
-    def _survey_training_path(self, evaluation: Survey) -> Survey:
-        """Layers that only training calls (auxiliary heads) count: then training's path is probed."""
+    def _first_survey(self) -> Survey:
+        """A run of evaluation's path, or of training's where that calls more layers, such as auxiliary heads."""
+        evaluation, training = Survey(self.network), Survey(self.network)
+        failure = self._try(evaluation)
+        if failure is None and len(evaluation.order) == len(self.network.layers):
+            return evaluation
         self.network.training_path = True
-        training = Survey(self.network)
-        try:
-            self.network.run(training)
-        except Exception:  # training may want what no example has, for instance targets
-            training = evaluation
-        if set(training.calls) > set(evaluation.calls):
+        # training may want what no example has, for instance targets
+        if self._try(training) is None and (failure is not None or set(training.calls) > set(evaluation.calls)):
             return training
         self.network.training_path = False
+        if failure is not None:
+            raise ForwardError(
+                f"lightning_plasticity cannot examine {self.network}, which does not run on the example input: "
+                f"{describe(failure)}. Give what it is called with, as in find_units(model, *inputs), or name a part "
+                "that runs with module=."
+            ) from failure
         return evaluation
 
+    def _try(self, watch: Watch) -> Exception | None:
+        """Runs the network; returns what its own code raises."""
+        try:
+            self.network.run(watch)
+        except Exception as error:
+            return error
+        return None
+
     def _read(self) -> None:
-        found = FindGates(self.network, self.count)
+        """Reads which unit feeds what; units that the network's own code refuses as NaN stay numbers."""
+        try:
+            self._read_codes()
+        except Exception as first:
+            bearable = _largest_part(self.layers, lambda layers: self._refusal(layers) is None, known_to_fail=True)
+            for layer in self.layers:
+                if layer not in bearable:
+                    refusal = self._refusal([layer]) or first
+                    layer.unmarked = f"the network stops when its units are NaN ({describe(refusal)})"
+            try:
+                self._read_codes()
+            except Exception as error:
+                raise ValueError(
+                    f"lightning_plasticity cannot examine {self.network}, which stops with NaN in place of its units: "
+                    f"{describe(error)}. Name a part of it that does not check values with module=."
+                ) from error
+
+    def _refusal(self, layers: Sequence[Layer]) -> Exception | None:
+        """What the network's own code raises where all units of these layers are NaN."""
+        marked = torch.zeros(self.count, dtype=torch.bool)
+        for layer in layers:
+            marked[layer.numbers] = True
+        return self._try(FindGates(self.network, marked))
+
+    def _read_codes(self) -> None:
+        found = FindGates(self.network, torch.arange(self.count) % 2 == 0)
         self.network.run(found)
         words = codewords(self.count)
         codes: dict[Site, Tensor] = {}
@@ -240,9 +275,10 @@ class Wiring:
         half = torch.rand(self.count, generator=torch.Generator().manual_seed(0)) < 0.5
         for chosen in (half, ~half):
             noisy = members & chosen[self.root]
-            first, second = (
-                list(tensors_in(self.network.run(Noise(self.network, noisy, self.units, seed)))) for seed in (0, 1)
-            )
+            runs = [Noise(self.network, noisy, self.units, seed) for seed in (0, 1)]
+            first, second = (list(tensors_in(self.network.run(noise))) for noise in runs)
+            if any(noise.refused for noise in runs):
+                return False
             if not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
                 return False
         return True
@@ -252,9 +288,7 @@ def _unique_in_order(values: Tensor) -> list[int]:
     return list(dict.fromkeys(values.tolist()))
 
 
-def _largest_part(
-    groups: Sequence[Group], holds: Callable[[Sequence[Group]], bool], known_to_fail: bool = False
-) -> list[Group]:
+def _largest_part(groups: Sequence[T], holds: Callable[[Sequence[T]], bool], known_to_fail: bool = False) -> list[T]:
     """All groups for which ``holds``: tested together, and only a failure is split up."""
     if not groups or (not known_to_fail and holds(groups)):
         return list(groups)
