@@ -27,7 +27,7 @@ class L2Init(PlasticityCallback):
     :math:`\frac{\lambda}{2} \|\theta - \theta_0\|^2` decoupled from the loss, as AdamW decouples weight decay. All
     parameters of the optimizer count that are not frozen, those of normalisation layers and biases as well. The initial
     values are those of when training began; they are kept, and saved in the checkpoint, at the cost of one copy of the
-    parameters.
+    parameters. Where parameters are in half precision, so is what rounding takes away from the changes, in float32.
 
     Args:
         coefficient: :math:`\lambda`.
@@ -102,7 +102,8 @@ class L2Init(PlasticityCallback):
             values = [p for p in group["params"] if p in self._initial and p.requires_grad]
             if values:
                 initial = [self._initial[parameter] for parameter in values]
-                self.editor.add(values, l2_init_update(values, initial, group["lr"] * self.coefficient))
+                update = l2_init_update(self.editor.precise(values), initial, group["lr"] * self.coefficient)
+                self.editor.add(values, update)
 
     @override
     def _state(self) -> dict[str, Any]:

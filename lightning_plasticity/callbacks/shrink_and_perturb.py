@@ -25,7 +25,9 @@ class ShrinkAndPerturb(ScheduledCallback):
     with :math:`W_\text{new}` a new draw from the initial distribution. The form with one parameter is ``shrink=1 - l,
     perturb=l``, the soft form ``every_n_train_steps=1`` with a small ``l``. All trained parameters count, those of
     normalisation layers and biases as well; running statistics stay, and follow by themselves. Of several optimizers
-    each one's steps count for the parameters that it trains.
+    each one's steps count for the parameters that it trains. Where parameters are in half precision and
+    ``every_n_train_steps`` is given, what rounding takes away from small changes is kept in float32, and saved in the
+    checkpoint.
 
     Args:
         shrink: :math:`s`.
@@ -103,7 +105,10 @@ class ShrinkAndPerturb(ScheduledCallback):
             for name, p in zip(trained, parameters, strict=True)
         ]
         if parameters:  # or all belong to an optimizer that has not stepped
-            self.editor.write(parameters, shrink_and_perturb(parameters, fresh, self.shrink, self.perturb))
+            # Where steps are counted the changes may be small and many, so that what rounding takes away is kept.
+            is_repeated = self.schedule.every_n_train_steps is not None
+            values = self.editor.precise(parameters) if is_repeated else parameters
+            self.editor.write(parameters, shrink_and_perturb(values, fresh, self.shrink, self.perturb))
 
     @override
     def _state(self) -> dict[str, Any]:

@@ -58,6 +58,9 @@ class SoftWeightRescaling(PlasticityCallback):
     others (attention, GELU, tanh, residual branches): those are rescaled all the same, and a warning says how much that
     changes. To tell, and to see the order of layers, the first batch runs five more times.
 
+    Where weights are in half precision, what rounding takes away from the small changes is kept in float32, and saved
+    in the checkpoint.
+
     The acronym, SWR, is also used for *selective weight reinitialisation*, see ``SelectiveReinit``.
 
     Args:

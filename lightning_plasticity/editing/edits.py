@@ -25,6 +25,7 @@ from lightning_plasticity.editing.editable import (
 )
 from lightning_plasticity.editing.initial import copy_to_cpu, reset_on_cpu
 from lightning_plasticity.editing.optimizer_state import StateOfEntries
+from lightning_plasticity.editing.remainders import Remainders
 
 OptimizerState: TypeAlias = Literal["reset", "keep"]
 _Index: TypeAlias = tuple[Tensor | slice, ...]
@@ -43,6 +44,10 @@ class Editor:
     replace units of several layers, first :meth:`shift_bias` for all, then :meth:`redraw_rows` and :meth:`reset_norm`
     for all, then :meth:`zero_columns` for all: then biases are shifted by the old weights, a new unit's bias is 0
     whatever was shifted into it, and an outgoing 0 wins over a redrawn row.
+
+    Where parameters are in half precision, :meth:`scale`, :meth:`add` and :meth:`write` keep what rounding takes away,
+    in float32, until it counts: changes that are made at every step are too small for it one by one. The other edits
+    are made now and then, and are rounded once.
 
     Args:
         model: The network, in which modules are looked up by their qualified names.
@@ -72,6 +77,7 @@ class Editor:
         self._model = model
         self._resets_state = optimizer_state == "reset"  # asked first, for some methods write all tensors at every step
         self._state = StateOfEntries(optimizers if self._resets_state else ())
+        self.remainders = Remainders(model)
         self._layers: dict[str, EditableLayer] = {}
         self._initial_norms: dict[str, dict[str, Tensor]] = {}
 
@@ -197,11 +203,17 @@ class Editor:
             torch.where(mask, initial, state, out=state)
 
     @torch.no_grad()
+    def precise(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What whole parameters or buffers are: copies in float32, with what was kept, of those in half precision."""
+        return self.remainders.read(tensors)
+
+    @torch.no_grad()
     def write(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Set whole parameters or buffers to ``values``."""
+        """Set whole parameters or buffers to ``values``. What float32 values have beyond half precision is kept."""
         check_pairs(tensors, values, "write", "values")
         if tensors:
             torch._foreach_copy_(list(tensors), list(values))
+            self.remainders.close(tensors, values)
             self._reset_state(tensors)
 
     @torch.no_grad()
@@ -215,7 +227,9 @@ class Editor:
                     f"but got tensors of the shapes {[tuple(factor.shape) for factor in factors]}."
                 )
         if tensors:
-            torch._foreach_mul_(list(tensors), factors)
+            values = self.remainders.open(tensors)
+            torch._foreach_mul_(values, factors)
+            self.remainders.close(tensors, values)
             self._reset_state(tensors)
 
     @torch.no_grad()
@@ -223,7 +237,9 @@ class Editor:
         """Add ``factor * amounts`` to whole parameters or buffers."""
         check_pairs(tensors, amounts, "add", "amounts")
         if tensors:
-            torch._foreach_add_(list(tensors), list(amounts), alpha=factor)
+            values = self.remainders.open(tensors)
+            torch._foreach_add_(values, list(amounts), alpha=factor)
+            self.remainders.close(tensors, values)
             self._reset_state(tensors)
 
     @torch.no_grad()

@@ -413,7 +413,9 @@ class PlasticityCallback(Callback, ABC):
     def state_dict(self) -> dict[str, Any]:
         if not self._ready:
             return dict(self._saved or {})
-        return {"optimizer_steps": self.optimizer_steps, "draws": self.draws.state_dict(), "method": self._state()}
+        state = {"optimizer_steps": self.optimizer_steps, "draws": self.draws.state_dict(), "method": self._state()}
+        remainders = self.editor.remainders.state_dict()
+        return {**state, "remainders": remainders} if remainders else state
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -424,6 +426,7 @@ class PlasticityCallback(Callback, ABC):
             return
         self.optimizer_steps = state_dict["optimizer_steps"]
         self.draws.load_state_dict(state_dict["draws"])
+        self.editor.remainders.load_state_dict(state_dict.get("remainders", {}))
         self._restore(state_dict["method"])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -92,6 +92,7 @@ def everything(rank: int, case: Case, folder: Path) -> dict[str, Any]:
         "not saved": outcome(rank, case.make()),
         "resumed": outcome(rank, case.make(), ckpt_path=checkpoint(folder, MID_EPOCH)),
         "accumulated": outcome(rank, case.make(), accumulate_grad_batches=2),
+        "half": outcome(rank, case.make(), precision="bf16-true"),
         "without": {"weights": fit_on_rank(rank)},
     }
     if not isinstance(case.rate_zero, str):
@@ -158,7 +159,7 @@ def assert_alike_but_for_batch_statistics(a: Any, b: Any) -> None:
 def test_two_ranks_stay_equal(case: Case, two_ranks: Any) -> None:
     first, second = two_ranks(case)
     assert difference(first["saved"]["weights"], first["without"]["weights"]) is not None
-    for run in ("saved", "not saved", "resumed", "accumulated"):
+    for run in ("saved", "not saved", "resumed", "accumulated", "half"):
         assert_alike_but_for_batch_statistics(first[run], second[run])
     assert first["saved"]["state"]["optimizer_steps"] == 2 * first["accumulated"]["state"]["optimizer_steps"]
 
