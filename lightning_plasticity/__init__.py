@@ -5,13 +5,18 @@ from importlib.metadata import PackageNotFoundError, version
 from lightning_plasticity.callbacks import (
     ActivationReset,
     ContinualBackprop,
+    IsometryReinit,
     L2Init,
     LayerReset,
+    OptimizerReset,
+    ParsevalRegularization,
     PlasticityMonitor,
     ReDo,
     SelectiveReinit,
     ShrinkAndPerturb,
     SoftWeightRescaling,
+    SpectralRegularization,
+    WeightClipping,
 )
 from lightning_plasticity.functional.activation_reset import ActivationStrategy
 from lightning_plasticity.units import HiddenUnits, find_units
@@ -26,12 +31,17 @@ __all__ = [
     "ActivationStrategy",
     "ContinualBackprop",
     "HiddenUnits",
+    "IsometryReinit",
     "L2Init",
     "LayerReset",
+    "OptimizerReset",
+    "ParsevalRegularization",
     "PlasticityMonitor",
     "ReDo",
     "SelectiveReinit",
     "ShrinkAndPerturb",
     "SoftWeightRescaling",
+    "SpectralRegularization",
+    "WeightClipping",
     "find_units",
 ]

@@ -40,6 +40,7 @@ WRONG: dict[str, list[Any]] = {
     "layers": ["", 0, -1, 1.5, True, None, [""], [1], [], NAN, b"a"],
     "metrics": ["DeadUnits", 1, [1], [None], {"a": 1}, [], {}, [metrics.DeadUnits(), metrics.DeadUnits()]],
     "strategy": ["elu", 1, None, {"a": "elu"}, {1: "relu"}, {"": "relu"}, torch.ones(2), ["relu"]],
+    "fused": ["*qkv*", 1, ["*qkv*"], {"": 3}, {1: 3}, {"*qkv*": 0}, {"*qkv*": 1.5}, {"*qkv*": None}],
     "units": ["0", 1, [], [None], ["0"], {"0": 1}, {}, torch.ones(2)],
     "case": [None, 10, "10", "M", "101M", "-1M", "1e1M", b"10M", ""],
 }
@@ -57,6 +58,8 @@ PROBE = {
     "learning_rate": "above 0",
     "seed": "seed",
 }
+LAYERS = {**COMMON, "include": "words", "exclude": "words"}
+BOUNDARY = {**STEPS, "on_fit_start": "flag"}
 CALLBACKS: dict[str, dict[str, str]] = {
     "ActivationReset": {
         **UNITS,
@@ -74,8 +77,23 @@ CALLBACKS: dict[str, dict[str, str]] = {
         "init": "init",
         "compensate_bias": "flag",
     },
+    "IsometryReinit": {
+        **LAYERS,
+        **BOUNDARY,
+        "iterations": "count from 1",
+        "exact": "flag",
+        "fused": "fused?",
+    },
     "L2Init": {**COMMON, "coefficient": "from 0", "exclude": "words"},
     "LayerReset": {**COMMON, **STEPS, "layers": "layers", "on_fit_start": "flag", "init": "init"},
+    "OptimizerReset": {**COMMON, **BOUNDARY, "what": "choice", "exclude": "words"},
+    "ParsevalRegularization": {
+        **LAYERS,
+        "coefficient": "from 0",
+        "target": "above 0",
+        "reference_width": "count from 1?",
+        "last_layer": "flag",
+    },
     "PlasticityMonitor": {
         **STEPS,
         "metrics": "metrics?",
@@ -124,6 +142,14 @@ CALLBACKS: dict[str, dict[str, str]] = {
         "rebase_on_lr_drop": "between 0 and 1?",
         "exclude": "words",
     },
+    "SpectralRegularization": {
+        **LAYERS,
+        "coefficient": "from 0",
+        "power": "count from 1",
+        "biases": "flag",
+        "norms": "flag",
+    },
+    "WeightClipping": {**LAYERS, "kappa": "above 0", "biases": "flag"},
 }
 METRICS: dict[str, dict[str, str]] = {
     "DeadUnits": {**FEATURES, "eps": "from 0"},
@@ -180,7 +206,7 @@ def scheduled(name: str) -> Callable[..., Any]:
     make = getattr(callbacks, name)
 
     def made(**settings: Any) -> Any:
-        needs = name in ("LayerReset", "ShrinkAndPerturb") and not {*STEPS} & {*settings}
+        needs = "on_fit_start" in CALLBACKS[name] and not {*STEPS} & {*settings}
         return make(**settings, **({"every_n_train_steps": 5} if needs else {}))
 
     return made

@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_plasticity.editing.editable import check_editable
+from lightning_plasticity.units.channels import is_norm
+from lightning_plasticity.units.names import named_modules_as_written
 
 _LAYERS = (nn.Linear, _ConvNd, nn.MultiheadAttention)
 _WEIGHTS = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -91,8 +93,36 @@ def find_biases(model: nn.Module, scope: str, patterns: LayerPatterns, of_norms:
     ]
 
 
+def find_bias(model: nn.Module, weight: str) -> nn.Parameter | None:
+    """The bias that is added to what a weight of :func:`find_weights` gives, if there is one.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.MultiheadAttention(4, 1))
+        >>> find_bias(model, "0.weight").shape, find_bias(model, "1.in_proj_weight").shape
+        (torch.Size([3]), torch.Size([12]))
+    """
+    layer, _, own_name = weight.rpartition(".")
+    bias = "bias" if own_name == "weight" else "in_proj_bias"
+    return model.get_submodule(layer)._parameters.get(bias)
+
+
+def find_norm_parameters(model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
+    """The scales and shifts of normalisation layers, by their names in the model.
+
+    Example:
+        >>> list(find_norm_parameters(nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)), ""))
+        ['1.weight', '1.bias']
+    """
+    return {
+        f"{name}.{own_name}".lstrip("."): parameter
+        for name, module in _modules(model, scope)
+        if is_norm(module)
+        for own_name, parameter in module.named_parameters(recurse=False)
+    }
+
+
 def _modules(model: nn.Module, scope: str) -> Iterator[tuple[str, nn.Module]]:
-    yield from model.get_submodule(scope).named_modules(prefix=scope)
+    yield from named_modules_as_written(model.get_submodule(scope), scope)
 
 
 def _own_parameter(layer: nn.Module, own_name: str, name: str) -> nn.Parameter:

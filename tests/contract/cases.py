@@ -5,7 +5,18 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from contract.minimal_method import NoisyUnits
-from lightning_plasticity import L2Init, LayerReset, SelectiveReinit, ShrinkAndPerturb, SoftWeightRescaling
+from lightning_plasticity import (
+    IsometryReinit,
+    L2Init,
+    LayerReset,
+    OptimizerReset,
+    ParsevalRegularization,
+    SelectiveReinit,
+    ShrinkAndPerturb,
+    SoftWeightRescaling,
+    SpectralRegularization,
+    WeightClipping,
+)
 from lightning_plasticity.callbacks.activation_reset import ActivationReset
 from lightning_plasticity.callbacks.continual_backprop import ContinualBackprop
 from lightning_plasticity.callbacks.redo import ReDo
@@ -79,5 +90,26 @@ CASES = [
         partial(SelectiveReinit, 0.2, "init", utility="gradient", decay_rate=0.9, every_n_train_steps=4),
         rate_zero=partial(SelectiveReinit, 0.0, "init", utility="gradient", decay_rate=0.9, every_n_train_steps=4),
     ),
+    Case(
+        "IsometryReinit",
+        partial(IsometryReinit, every_n_train_steps=4),
+        rate_zero="it either makes isometries or does not",
+    ),
+    Case(
+        "OptimizerReset",
+        partial(OptimizerReset, every_n_train_steps=4),
+        rate_zero="it either resets or does not",
+    ),
+    Case(
+        "ParsevalRegularization",
+        partial(ParsevalRegularization, coefficient=0.1),
+        rate_zero=partial(ParsevalRegularization, coefficient=0.0),
+    ),
+    Case(
+        "SpectralRegularization",
+        partial(SpectralRegularization, coefficient=0.1),
+        rate_zero=partial(SpectralRegularization, coefficient=0.0),
+    ),
+    Case("WeightClipping", partial(WeightClipping, 0.5), rate_zero=partial(WeightClipping, 1e6)),
     Case("NoisyUnits", partial(NoisyUnits, every_n_steps=3), rate_zero=partial(NoisyUnits, every_n_steps=None)),
 ]

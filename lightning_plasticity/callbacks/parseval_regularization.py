@@ -1,0 +1,123 @@
+"""Parseval regularisation: after every step, draws weight matrices towards being orthogonal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_plasticity import checks
+from lightning_plasticity.editing.edits import OptimizerState
+from lightning_plasticity.engine.base import ForwardCall, PlasticityCallback
+from lightning_plasticity.functional.parseval_regularization import parseval_update
+from lightning_plasticity.layers.flow import trace
+from lightning_plasticity.layers.trained import LayerWeights
+from lightning_plasticity.layers.weights import LayerPatterns
+
+
+class ParsevalRegularization(PlasticityCallback):
+    r"""Parseval regularisation: after every step, draws each weight matrix towards a multiple of an orthogonal one.
+
+    .. math:: W \leftarrow W - \eta \lambda \left(\frac{64}{d_\text{out}}\right)^2 \nabla_W \|W W^\top - s I\|_F^2
+
+    with :math:`\eta` the learning rate that the weight had in that step. The authors have the penalty in the loss, so
+    that it passes through Adam; here it is decoupled, as in AdamO, and their coefficients are not comparable: with
+    plain SGD the two are the same. Where a matrix has more rows than columns :math:`W^\top W` takes the place of
+    :math:`W W^\top`, which could not be :math:`s I`. A rate so large that a singular value would be thrown past
+    :math:`\sqrt s` is held below that.
+
+    It works on the weights of linear, convolution and attention layers, without those that the outputs come from, the
+    last layer; biases stay. Kernels of convolutions are flattened to one row for each output, which nothing published
+    says. Where the model's parts are called one by one, the last layer is that of the part that was called last.
+
+    ``target=1.0, reference_width=None`` is the pull of AdamO. The authors add a trained factor for each unit after each
+    layer in one of their experiments, to give back what is taken from the layer; this is left to the model, and so are
+    their variants with normalised rows and with groups of units.
+
+    Args:
+        coefficient: :math:`\lambda`; 1e-3 and 1e-4 have been published.
+        target: :math:`s`, the squared singular values to draw to. The authors' is 2, for networks that start from
+            orthogonal matrices with a gain of :math:`\sqrt 2`.
+        reference_width: the layer width for which ``coefficient`` is meant: 64; None to take it as it is for all.
+        last_layer: work on the layers that the outputs come from, too.
+        include: patterns (as in ``fnmatch``) of names of layers to work on.
+        exclude: patterns of names of layers to leave alone.
+        module: the name of the module inside the model to work on, whose last layer is meant then; None for all of it.
+        optimizer_state: ``"keep"``, because every weight is nudged at every step, or ``"reset"``.
+        seed: accepted as by all methods; nothing is drawn.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 2, bias=False)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        >>> method = ParsevalRegularization(0.01, target=1.0, reference_width=None, last_layer=True)
+        >>> method = method.attach(model, optimizer, example_inputs=(torch.ones(1, 2),))
+        >>> model.weight.data = torch.diag(torch.tensor([1.0, 2.0]))
+        >>> model.weight.grad = torch.zeros(2, 2)
+        >>> optimizer.step()
+        >>> method.step()
+        >>> model.weight.detach()
+        tensor([[1.0000, 0.0000],
+                [0.0000, 1.7600]])
+
+    References:
+        Chung et al., NeurIPS 2024, arXiv 2412.07224; Rosseau, Müller, Nowé, ICML 2026, arXiv 2606.09762 (AdamO).
+    """
+
+    def __init__(
+        self,
+        coefficient: float = 1e-3,
+        *,
+        target: float = 2.0,
+        reference_width: int | None = 64,
+        last_layer: bool = False,
+        include: Sequence[str] | str = "*",
+        exclude: Sequence[str] | str = (),
+        module: str | None = None,
+        optimizer_state: OptimizerState = "keep",
+        seed: int | None = None,
+    ) -> None:
+        needs_example = not checks.flag("last_layer", last_layer)
+        super().__init__(module=module, optimizer_state=optimizer_state, seed=seed, needs_example=needs_example)
+        self.coefficient = checks.number("coefficient", coefficient, least=0)
+        self.target = checks.number("target", target, above=0)
+        self.reference_width = checks.optional(checks.count, "reference_width", reference_width, least=1)
+        self.last_layer = last_layer
+        self.patterns = LayerPatterns(checks.words("include", include), checks.words("exclude", exclude))
+        self._last: set[Tensor] = set()  # the parameters of the layers that the outputs come from
+
+    @override
+    def _examine(self, call: ForwardCall) -> None:
+        flow = call.on_one_example(lambda args, kwargs: trace(call.module, args, kwargs))
+        reaching = frozenset().union(*flow.outputs)
+        # not by name, for those of a compiled module are others
+        self._last = {p for layer in flow.layers if layer.name in reaching for p in layer.module.parameters()}
+
+    @override
+    def _start(self) -> None:
+        if not self.optimizers:
+            raise ValueError(
+                "ParsevalRegularization needs the optimizer, whose learning rate it follows. "
+                "Give it to attach(model, optimizer)."
+            )
+        self._weights = LayerWeights(
+            type(self).__name__, self.model, self.module or "", self.patterns, self.optimizers, self._last
+        )
+
+    @override
+    def _stop(self) -> None:
+        self._last = set()
+        vars(self).pop("_weights", None)
+
+    @override
+    def _after_step(self, optimizer: Optimizer | None) -> None:
+        for rate, weights in self._weights.trained_by(optimizer):
+            updates = [self._update(weight, rate * self.coefficient) for weight in weights]
+            self.editor.add(weights, updates)
+
+    def _update(self, weight: Tensor, rate: Tensor | float) -> Tensor:
+        if self.reference_width is not None:
+            rate = rate * (self.reference_width / len(weight)) ** 2
+        return parseval_update(weight.detach().flatten(1), rate, self.target).view_as(weight)

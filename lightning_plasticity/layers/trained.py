@@ -1,0 +1,65 @@
+"""Which weights of layers a step of an optimizer has trained, for methods that nudge them after every step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence, Set
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_plasticity.layers.weights import LayerPatterns, find_weights
+
+
+class LayerWeights:
+    """The weights of linear, convolution and attention layers that a method works on.
+
+    Frozen ones are among them: they may be unfrozen, and join an optimizer, while training goes on.
+
+    Args:
+        method: the method's name, for errors.
+        model: the network.
+        scope: the name of the module in it to search, empty for all of it.
+        patterns: which layers are meant.
+        optimizers: those that train the network. Without any, all weights that require gradients are trained.
+        leaves_out: parameters that the method does not work on.
+
+    Raises:
+        ValueError: If none of the weights is trained.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
+        >>> import torch
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        >>> weights = LayerWeights("A method", model, "", LayerPatterns(("*",), ()), [optimizer])
+        >>> [(rate, [weights.names[weight] for weight in trained]) for rate, trained in weights.trained_by(optimizer)]
+        [(0.5, ['0.weight'])]
+    """
+
+    def __init__(
+        self,
+        method: str,
+        model: nn.Module,
+        scope: str,
+        patterns: LayerPatterns,
+        optimizers: Sequence[Optimizer],
+        leaves_out: Set[Tensor] = frozenset(),
+    ) -> None:
+        found = find_weights(model, scope, patterns)
+        self.names = {weight: name for name, weight in found.items() if weight not in leaves_out}
+        trained: Sequence[Optimizer | None] = optimizers or [None]
+        if not any(weights for optimizer in trained for _, weights in self.trained_by(optimizer)):
+            raise ValueError(
+                f"{method} needs weights of linear, convolution or attention layers that are trained, but of the "
+                f"{len(found)} that {patterns} leaves in {scope or type(model).__name__!r} none is. Unfreeze some, "
+                "hand them to the optimizer, or change include=, exclude= or module=."
+            )
+
+    def trained_by(self, optimizer: Optimizer | None) -> Iterator[tuple[Tensor | float, list[nn.Parameter]]]:
+        """The weights in each group of an optimizer with the group's learning rate, where there are any."""
+        whole: dict[str, Any] = {"params": list(self.names), "lr": 1.0}
+        groups = [whole] if optimizer is None else optimizer.param_groups
+        for group in groups:
+            weights = [p for p in group["params"] if p in self.names and p.requires_grad]
+            if weights:
+                yield group["lr"], weights
