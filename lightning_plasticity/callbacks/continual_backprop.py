@@ -18,7 +18,7 @@ from lightning_plasticity.engine.base import ForwardCall, PlasticityCallback, wh
 from lightning_plasticity.engine.maturity import Ages, Maturity
 from lightning_plasticity.engine.population import Population, average_in
 from lightning_plasticity.engine.unit_sets import Reader
-from lightning_plasticity.functional.continual_backprop import UTILITIES, Utility, bias_corrected, least
+from lightning_plasticity.functional.continual_backprop import UTILITIES, Utility, bias_corrected, least, per_incoming
 from lightning_plasticity.units.find import HiddenUnits
 
 
@@ -157,11 +157,14 @@ class ContinualBackprop(PlasticityCallback):
                 dtype=population.dtype,
             )
         if self.utility == "adaptation":
-            return 1 / population.incoming(sets)
+            incoming = population.incoming(sets)
+            return per_incoming(torch.ones_like(incoming), incoming)
         if self.utility == "weight":
             return population.per_unit(population.outgoing(sets), sets)
         contribution = population.per_unit(population.outgoing(sets).mul_(size), sets)
-        return contribution / population.incoming(sets) if self.utility == "adaptable_contribution" else contribution
+        if self.utility == "adaptable_contribution":
+            return per_incoming(contribution, population.incoming(sets))
+        return contribution
 
     def _replace(self, due: Mapping[int, int]) -> None:
         sets = self._population.sets

@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_plasticity.distributed import gather_over_ranks, share_of_this_rank
 from lightning_plasticity.engine.base import PlasticityCallback, in_backward
 from lightning_plasticity.engine.unit_sets import Reader, channels_of
+from lightning_plasticity.units.probing import is_examining
 
 _PIECE = 2**18  # entries
 _SMALL = 2**16  # entries whose absolute values are written to memory that stays
@@ -89,7 +90,7 @@ class Activations:
 
         def hear(x: Tensor, is_lent: bool) -> None:
             """``is_lent``: of memory that compiled code writes to again."""
-            if not self.listening or not self._callback.scope_is_training or in_backward():
+            if not self.listening or not self._callback.scope_is_training or in_backward() or is_examining():
                 return
             x = x.detach()
             if x.ndim == -dim:

@@ -23,7 +23,7 @@ def correct_predictions(predictions: Tensor, targets: Tensor) -> Tensor:
     checks.tensor("targets", targets)
     scores = predictions.ndim == targets.ndim + 1 and predictions.shape[:1] + predictions.shape[2:] == targets.shape
     numbers = predictions.shape == targets.shape and not predictions.is_floating_point()
-    if targets.numel() == 0 or targets.is_floating_point() or not (scores or numbers):
+    if targets.numel() == 0 or predictions.numel() == 0 or targets.is_floating_point() or not (scores or numbers):
         raise ValueError(
             "Accuracy needs integer targets (N, ...) of at least one example, and as predictions scores (N, C, ...) or "
             f"integer classes (N, ...), got targets {tuple(targets.shape)} of {targets.dtype} and predictions "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_plasticity import checks
+from lightning_plasticity.functional.weights import dense
 
 Reduce = Literal["mean"] | None
 
@@ -35,8 +36,7 @@ def unit_rows(features: Tensor, unit_dim: int | None = None, reduce: Reduce = No
         (torch.Size([200, 16]), torch.Size([8, 16]))
     """
     check_layout(unit_dim, reduce)
-    checks.tensor("features", features)
-    if features.ndim < 2 or features.numel() == 0 or not features.is_floating_point():
+    if dense("features", features).ndim < 2 or features.numel() == 0:
         raise ValueError(
             "Features must be floating-point numbers, (samples, units) or (samples, ..., units), at least one of each, "
             f"got shape {tuple(features.shape)} of {features.dtype}: pass the activations of at least one sample."

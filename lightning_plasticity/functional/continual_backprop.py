@@ -26,6 +26,16 @@ def bias_corrected(average: Tensor, age: Tensor, decay_rate: float) -> Tensor:
     return torch.where(age > 0, average / weight, torch.zeros((), dtype=average.dtype, device=average.device))
 
 
+def per_incoming(values: Tensor, incoming: Tensor) -> Tensor:
+    """Values divided by the size of the weights that make the units; a unit with weights of 0 gets a finite value too.
+
+    Example:
+        >>> per_incoming(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.0]))
+        tensor([2., 0.])
+    """
+    return values / incoming.clamp(min=torch.finfo(incoming.dtype).eps)
+
+
 def least(values: Tensor, eligible: Tensor, count: int) -> Tensor:
     """The ``count`` eligible places with the smallest values; of equal ones the first.
 

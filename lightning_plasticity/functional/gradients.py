@@ -10,7 +10,8 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_plasticity import checks
-from lightning_plasticity.functional.weights import joint_norm, norm
+from lightning_plasticity.examining import examining
+from lightning_plasticity.functional.weights import check_whole, dense, joint_norm, norm, whole
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 Summary = Literal["mean", "negative", "least"]
@@ -22,7 +23,7 @@ _COLUMNS_AT_ONCE = 1 << 20
 def read_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Gradients of the parameters that have one."""
     parameters = [checks.tensor("each parameter", p) for p in parameters]
-    gradients = [p.grad.detach() for p in parameters if p.grad is not None and p.grad.numel()]
+    gradients = [dense("a gradient", p.grad).detach() for p in parameters if p.grad is not None and p.grad.numel()]
     if not gradients:
         raise ValueError(
             "At least one parameter must have a gradient, got none: measure after `backward` and before `zero_grad`."
@@ -54,13 +55,13 @@ def zero_gradient_fraction(gradients: Iterable[Tensor]) -> Tensor:
     gradients = _some(gradients)
     # 0 * x is NaN for NaN and infinity, and 0 otherwise.
     zeros = [((g == 0) + g.detach() * 0).sum(dtype=torch.float64) for g in gradients]
-    return torch.stack(zeros).sum() / sum(g.numel() for g in gradients)
+    return torch.stack([whole(count) for count in zeros]).sum() / sum(g.numel() for g in gradients)
 
 
 def _some(gradients: Iterable[Tensor]) -> list[Tensor]:
     if isinstance(gradients, Tensor) or not isinstance(gradients, Iterable):
         raise ValueError(f"gradients must be several tensors, got {checks.shown(gradients)}: pass them in a list.")
-    given = [g for g in gradients if checks.tensor("each gradient", g).numel()]
+    given = [g for g in gradients if dense("a gradient", g).numel()]
     if not given:
         raise ValueError("At least one gradient with an entry is required, got none: pass the gradients to measure.")
     return given
@@ -70,13 +71,14 @@ def _some(gradients: Iterable[Tensor]) -> list[Tensor]:
 def measuring(model: nn.Module) -> Generator[None, None, None]:
     """Hold a model still while it is differentiated: evaluation mode, and kernels that can be differentiated twice.
 
+    Hooks of plasticity methods do not hear it.
     Every module gets its own mode back, also after an error. Gradients work inside, even under ``inference_mode``.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         # Fused attention kernels have neither a batching rule nor a second derivative.
-        with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with examining(), torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         for module, training in modes.items():
@@ -96,9 +98,18 @@ def check_batch(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return inputs.detach().clone(), targets.detach().clone()
 
 
+def check_loss(loss: object) -> Tensor:
+    """Raise unless a loss function has given one number."""
+    if isinstance(loss, Tensor) and loss.ndim == 0:
+        return loss
+    got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else checks.shown(loss)
+    raise ValueError(f"The loss must be a scalar, got {got}: reduce it over the batch, as by its mean.")
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Parameters of a module that require a gradient."""
-    trainable: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trainable: dict[str, Tensor] = {name: dense(name, p) for name, p in model.named_parameters() if p.requires_grad}
+    check_whole(trainable)
     if not trainable:
         raise ValueError(
             "The model must have a parameter that requires a gradient, got none: call `model.requires_grad_(True)`."
@@ -139,7 +150,7 @@ def per_sample_gradients(
 
         def loss_of_one(parameters: dict[str, Tensor], one_input: Tensor, one_target: Tensor) -> Tensor:
             output = functional_call(model, parameters, (one_input.unsqueeze(0),))
-            return loss_fn(output, one_target.unsqueeze(0))
+            return check_loss(loss_fn(output, one_target.unsqueeze(0)))
 
         per_sample = vmap(grad(loss_of_one), in_dims=(None, 0, 0), chunk_size=chunk_size)
         gradients = per_sample(parameters, inputs, targets)

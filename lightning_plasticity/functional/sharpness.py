@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity import checks
-from lightning_plasticity.functional.gradients import LossFunction, check_batch, measuring, trainable_parameters
+from lightning_plasticity.functional.gradients import (
+    LossFunction,
+    check_batch,
+    check_loss,
+    measuring,
+    trainable_parameters,
+)
 
 
 def sharpness(
@@ -50,10 +56,11 @@ def sharpness(
     with measuring(model):
         inputs, targets = check_batch(inputs, targets)
         parameters = list(trainable_parameters(model).values())
-        loss = loss_fn(model(inputs), targets)
-        if loss.ndim != 0:
+        loss = check_loss(loss_fn(model(inputs), targets))
+        if not loss.requires_grad:
             raise ValueError(
-                f"The loss must be a scalar, got shape {tuple(loss.shape)}: reduce it over the batch, as by its mean."
+                "The loss must depend on the trainable parameters, got one without gradient: leave out what cuts it "
+                "off, such as detach()."
             )
         # Created once: each product is then one more backward pass through this graph.
         gradient = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)

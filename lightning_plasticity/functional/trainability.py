@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity import checks
-from lightning_plasticity.functional.weights import named_parameters
+from lightning_plasticity.examining import examining
+from lightning_plasticity.functional.weights import check_whole, named_parameters
 
 Measure = Literal["steps", "loss"]
 
@@ -67,6 +68,7 @@ def trainability(
     dtype = torch.promote_types(next(iter(named_parameters(model).values())).dtype, torch.float32)
     # Gradients are needed also where the caller has turned them off, as Lightning does in validation.
     with (
+        examining(),  # a copy shares the hooks of the network
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.random.fork_rng(devices=[inputs.device] if inputs.is_cuda else []),
@@ -75,9 +77,11 @@ def trainability(
         inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
         stop_at = target_loss if measure == "steps" else None
         torch.manual_seed(seed)
+        check_whole(named_parameters(model))
         copied = copy.deepcopy(model).to(inputs.device, dtype)
         # Copied also if given: `fresh` may return the same network each time.
-        begun = (_fresh_copy(copied) if fresh is None else copy.deepcopy(fresh())).to(inputs.device, dtype)
+        begun = _fresh_copy(copied) if fresh is None else copy.deepcopy(checks.module("what fresh returns", fresh()))
+        begun = begun.to(inputs.device, dtype)
         of_model, of_fresh = (
             _fit(network, inputs, seed, budget, learning_rate, stop_at) for network in (copied, begun)
         )
@@ -130,6 +134,7 @@ def _fit(
     targets: Tensor | None = None
     for steps in range(budget + 1):
         output = network(inputs)
+        checks.tensor("the network's output", output)
         if targets is None:
             targets = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed)).to(output)
         loss = (output - targets).square().mean()

@@ -10,12 +10,25 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_plasticity import checks
+
+# FSDP with flat and with original parameters, and DeepSpeed stage 3.
+_MARKS_OF_FLATTENING = ("_is_flat_param", "_fsdp_flattened", "ds_id")
+
 Source = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
 
 def named_parameters(source: Source) -> dict[str, Tensor]:
     """All parameters of a module, shared ones once, or the named tensors as they are."""
-    found = dict(source.named_parameters() if isinstance(source, nn.Module) else source)
+    try:
+        found = dict(source.named_parameters() if isinstance(source, nn.Module) else source)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"A module or tensors by name are required, got {checks.shown(source)}: pass a module, or a mapping from "
+            "names to tensors."
+        ) from error
+    for name, tensor in found.items():
+        dense(checks.word("the name of a tensor", name), tensor)
     if not any(tensor.numel() for tensor in found.values()):
         raise ValueError(
             f"At least one parameter with an entry is required, got {len(found)} tensors without any: "
@@ -38,10 +51,44 @@ def named_weights(source: Source) -> dict[str, Tensor]:
     return weights
 
 
+def dense(name: str, value: object) -> Tensor:
+    """A tensor that can be measured: of floating-point numbers, each of which is there, on this rank or on another."""
+    tensor = checks.tensor(name, value)
+    if nn.parameter.is_lazy(tensor) or tensor.is_meta:
+        raise ValueError(f"{name} must have values, got a tensor without: run the model once, or materialise it first.")
+    if not tensor.is_floating_point() or tensor.layout is not torch.strided:
+        raise ValueError(
+            f"{name} must be a dense tensor of floating-point numbers, got {tensor.dtype} in the layout "
+            f"{tensor.layout}: convert it, or leave it out and pass the others as a mapping from names to tensors."
+        )
+    if any(hasattr(tensor, mark) for mark in _MARKS_OF_FLATTENING):
+        raise ValueError(
+            f"{name} must be a parameter of its own, got a part of a flat one (FSDP1 or DeepSpeed stage 3), which does "
+            "not know its shape: use a strategy that keeps parameters whole, or FSDP2."
+        )
+    return tensor
+
+
+def check_whole(parameters: Mapping[str, Tensor]) -> None:
+    """Raise if parameters are shared out among ranks: then a copy of the model cannot be run by one of them."""
+    for name, parameter in parameters.items():
+        if hasattr(parameter, "full_tensor"):
+            raise ValueError(
+                f"Parameters must be whole on every rank, got {name!r}, which is sharded: measure a model that is not, "
+                "such as one that has loaded this one's weights."
+            )
+
+
+def whole(value: Tensor) -> Tensor:
+    """A value that was computed from sharded tensors, put together over the ranks: all must call this."""
+    gather = getattr(value, "full_tensor", None)
+    return value if gather is None else gather()
+
+
 def norm(tensor: Tensor) -> Tensor:
     """Euclidean norm of all entries, in float64."""
     length: Tensor = torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)
-    return length
+    return whole(length)
 
 
 def joint_norm(norms: Iterable[Tensor]) -> Tensor:
@@ -59,7 +106,7 @@ def weight_magnitude(source: Source) -> Tensor:
         tensor(2., dtype=torch.float64)
     """
     weights = named_weights(source).values()
-    total = torch.stack([w.detach().abs().sum(dtype=torch.float64) for w in weights]).sum()
+    total = torch.stack([whole(w.detach().abs().sum(dtype=torch.float64)) for w in weights]).sum()
     return total / sum(w.numel() for w in weights)
 
 
@@ -142,6 +189,7 @@ def balancedness(norms: Mapping[str, Tensor], initial_norms: Mapping[str, Tensor
         >>> balancedness({"first": torch.tensor(1.0), "second": torch.tensor(2.0)}, start)
         tensor(1., dtype=torch.float64)
     """
+    norms, initial_norms = named_parameters(norms), named_parameters(initial_norms)
     check_same_tensors(norms, initial_norms)
     if len(norms) < 2:
         raise ValueError(

@@ -1,7 +1,7 @@
 """What the metrics share: state that meets on several ranks, plots, and the three ways of being fed."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from zlib import crc32
 
@@ -10,7 +10,9 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from lightning_plasticity import checks
 from lightning_plasticity.functional.activity import Reduce, check_layout, unit_rows
+from lightning_plasticity.functional.weights import named_parameters
 from lightning_plasticity.metrics.plotting import Plotted, draw
 
 if TYPE_CHECKING:
@@ -23,14 +25,18 @@ Value = TypeVar("Value")
 
 def gather_padded(state: Tensor, group: Any = None) -> list[Tensor]:
     """Gather a state of sums from all ranks, with zeros where a rank has seen no data or fewer tasks than another."""
-    gathered = gather_all_tensors(state, group)
-    shape = [max(sizes) for sizes in zip(*(part.shape for part in gathered), strict=True)]
-    padded = []
-    for part in gathered:
+    return padded(gather_all_tensors(state, group))
+
+
+def padded(parts: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors with zeros behind, where another one is larger."""
+    shape = [max(sizes) for sizes in zip(*(part.shape for part in parts), strict=True)]
+    wholes = []
+    for part in parts:
         whole = part.new_zeros(shape)
         whole[tuple(slice(size) for size in part.shape)] = part
-        padded.append(whole)
-    return padded
+        wholes.append(whole)
+    return wholes
 
 
 def agreed_size(sizes: Tensor) -> Tensor:
@@ -58,6 +64,7 @@ class PlasticityMetric(Metric):
 
     is_differentiable: bool | None = False
     full_state_update: bool | None = False
+    settings: Tensor
     plot_x_label: ClassVar[str] = "step"
 
     def __init__(self, *settings: object, **kwargs: Any) -> None:
@@ -75,6 +82,41 @@ class PlasticityMetric(Metric):
         """Evaluate a function of the states of all ranks, as ``compute`` is; every rank must call it."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
             return value()
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Take in what another metric of this kind has counted, as if this one had.
+
+        Args:
+            incoming_state: the other metric, or a dict of its states.
+        """
+        if isinstance(incoming_state, Metric):
+            if type(incoming_state) is not type(self):
+                raise ValueError(
+                    f"A {type(self).__name__} takes in the state of another, got {checks.shown(incoming_state)}."
+                )
+            states = {name: getattr(incoming_state, name) for name in self._defaults}
+        else:
+            states = incoming_state
+        if not isinstance(states, dict) or not self._defaults.keys() <= states.keys():
+            raise ValueError(
+                f"A metric or a dict with its states {', '.join(self._defaults)} is required, got "
+                f"{checks.shown(states)}. Give the metric itself."
+            )
+        if int(states["settings"]) != int(self.settings):
+            raise ValueError(
+                f"Both metrics must have the same settings, got {type(self).__name__} with others. Make them alike."
+            )
+        merged = {name: self._merged(name, getattr(self, name), states[name]) for name in self._defaults}
+        for name, state in merged.items():
+            setattr(self, name, state)
+        self._computed = None
+        self._update_count += 1
+
+    def _merged(self, name: str, own: Tensor | list[Tensor], other: Tensor | list[Tensor]) -> Any:
+        if isinstance(self._defaults[name], list):
+            return [part for parts in (own, other) for part in ([parts] if isinstance(parts, Tensor) else parts)]
+        reduce: Callable[[Tensor], Tensor] = self._reductions[name]  # type: ignore[assignment]
+        return reduce(torch.stack(padded([own, checks.tensor(name, other).to(self.device)])))  # type: ignore[list-item]
 
     def _plotted(self) -> Plotted:
         """What ``plot`` draws if it is given no values."""
@@ -190,7 +232,18 @@ class ReferencedMetric(MeanOverUpdates):
 
     def set_extra_state(self, state: dict[str, dict[str, Tensor] | None]) -> None:
         """Put back the reference, from ``load_state_dict``."""
-        self._reference = state["reference"]
+        reference = extra_state(self, state, "reference")
+        self._reference = None if reference is None else named_parameters(reference)
+
+
+def extra_state(metric: PlasticityMetric, state: Any, key: str) -> Any:
+    """One part of the extra state of a metric; raises where it is that of another."""
+    if not isinstance(state, Mapping) or key not in state:
+        raise ValueError(
+            f"The state of {type(metric).__name__} must hold {key!r}, got {checks.shown(state)}: load what "
+            "state_dict() of such a metric gave."
+        )
+    return state[key]
 
 
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

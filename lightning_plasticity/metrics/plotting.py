@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_plasticity import checks
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -33,20 +35,39 @@ def draw(
         high: the greatest.
     """
     import matplotlib.pyplot as plt
+    from matplotlib.axes import Axes
 
+    _check(values)
+    if ax is not None and not isinstance(ax, Axes):
+        raise ValueError(f"ax must be axes of matplotlib or None, got {checks.shown(ax)}. Take them from subplots().")
     if ax is None:
         _, ax = plt.subplots(layout="constrained")
     figure = ax.figure.figure  # of a subfigure the whole figure, of a figure itself
     if isinstance(values, Tensor) and values.ndim == 2:
         _heat_map(values, ax)
         ax.set_title(name)
-    elif isinstance(values, Mapping) or (isinstance(values, Tensor) and values.ndim == 0):
+    elif isinstance(values, (Mapping, int, float)) or (isinstance(values, Tensor) and values.ndim == 0):
         _bars(values if isinstance(values, Mapping) else {"": values}, ax)
         ax.set(xlabel=name, xlim=_widened(low, high, *ax.get_xlim()))
     else:
         _curves(values, ax)
         ax.set(xlabel=x_label, ylabel=name, ylim=_widened(low, high, *ax.get_ylim()))
     return figure, ax
+
+
+def _check(values: object) -> None:
+    """Raise unless it is a number, numbers by name, a matrix, or one or more of the first two."""
+    if isinstance(values, Tensor) and values.ndim in (1, 2):
+        steps: list[object] = [] if values.numel() else [values]
+    else:
+        steps = list(values) if isinstance(values, (list, tuple)) else [values]
+    for step in steps:
+        for value in step.values() if isinstance(step, Mapping) and step else [step]:
+            if not (isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)):
+                raise ValueError(
+                    f"Numbers are required to plot, alone, by name or in a list, got {checks.shown(value)}. Pass what "
+                    "compute() returned, or a list of such values."
+                )
 
 
 def _widened(low: float | None, high: float | None, seen_low: float, seen_high: float) -> tuple[float, float]:

@@ -7,11 +7,12 @@
 from typing import Any
 
 from torch import Tensor
+from torchmetrics import Metric
 
 from lightning_plasticity import checks
 from lightning_plasticity.functional import weights
 from lightning_plasticity.functional.weights import Source
-from lightning_plasticity.metrics.base import MeanOverUpdates, ReferencedMetric, copied
+from lightning_plasticity.metrics.base import MeanOverUpdates, ReferencedMetric, copied, extra_state
 from lightning_plasticity.metrics.plotting import Plotted
 
 
@@ -89,10 +90,24 @@ class WeightNorm(MeanOverUpdates):
 
     def set_extra_state(self, state: dict[str, list[str]]) -> None:
         """Put back the names, from ``load_state_dict``."""
-        self._layers = state["layers"]
+        self._layers = list(checks.words("the names of the weights", extra_state(self, state, "layers")))
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Take in what another metric has measured of the same weights."""
+        names = incoming_state._layers if isinstance(incoming_state, WeightNorm) else self._layers
+        if self._layers and names and self._layers != names:
+            raise ValueError(
+                f"Both metrics must measure the same weights, {', '.join(self._layers)}, got {', '.join(names)}: use "
+                "one metric for each model."
+            )
+        super().merge_state(incoming_state)
+        self._layers = list(self._layers or names)
 
     def _plotted(self) -> Plotted:
-        return self.per_layer()
+        norms = self.per_layer()
+        if not norms:
+            raise ValueError("WeightNorm draws the norm of each weight, got none yet: update it with a model first.")
+        return norms
 
 
 class DistanceFromInit(ReferencedMetric):

@@ -13,46 +13,31 @@ import torch
 from torch import nn
 from torch.distributions import Distribution
 
-_examinations = 0  # how many are going on, one inside another
+from lightning_plasticity.examining import examining
+from lightning_plasticity.examining import is_examining as is_examining
 
 
 class ForwardError(ValueError):
     """A network does not run on its example input: ``__cause__`` is the error that it raised itself."""
 
 
-def is_examining() -> bool:
-    """Whether a network is being examined: then its calls are no training, and hooks on it have nothing to hear.
-
-    Example:
-        >>> model = nn.Linear(2, 2)
-        >>> with undisturbed(model):
-        ...     is_examining()
-        True
-        >>> is_examining()
-        False
-    """
-    return _examinations > 0
-
-
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Examines a network: puts training flags, buffers and every random state back as they were.
 
-    Meanwhile :func:`is_examining` is true, and autocasting, which goes on where it was on, keeps no casts of weights:
+    Meanwhile :func:`.is_examining` is true, and autocasting, which goes on where it was on, keeps no casts of weights:
     one that was made without gradients would be taken again when training goes on, and cut its gradients off.
     """
-    global _examinations
     flags = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     put_random_states_back = random_states(model)
     keeps_casts = torch.is_autocast_cache_enabled()
-    _examinations += 1
     torch.set_autocast_cache_enabled(False)
     try:
-        yield
+        with examining():
+            yield
     finally:
         torch.set_autocast_cache_enabled(keeps_casts)
-        _examinations -= 1
         put_random_states_back()
         for module, training in flags.items():
             module.training = training

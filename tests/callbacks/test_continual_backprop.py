@@ -369,3 +369,19 @@ def test_an_ordinary_step_does_not_wait_for_the_gpu():
         finally:
             torch.cuda.set_sync_debug_mode("default") if step == 7 else None
     assert method.replaced == 0
+
+
+@pytest.mark.parametrize("utility", ["adaptation", "adaptable_contribution"])
+def test_a_unit_without_incoming_weights_has_a_finite_utility(utility):
+    method = ContinualBackprop(0.05, 2, utility=utility)
+    model, optimizer = attached(method, mlp)
+    with torch.no_grad():
+        model[0].weight[:3] = 0.0
+        model[0].bias[:3] = 0.0
+    train(model, optimizer, method.step, INPUT[mlp], 2)
+    with torch.no_grad():
+        model[0].weight[:3] = 0.0
+        model[0].bias[:3] = 0.0
+    train(model, optimizer, method.step, INPUT[mlp], 30)
+    assert method._utility.isfinite().all()
+    assert method.replaced > 0

@@ -97,6 +97,49 @@ def test_copies_and_pickles_go_on_independently(case):
     assert_same(metric.compute(), case.expected(updates))
 
 
+@every_case
+def test_merging_gives_the_value_of_all_data(case):
+    updates = case.updates(0)
+    whole = fed(case)
+    for as_state in (False, True):
+        first, second = case.make(), case.make()
+        first.update(*updates[0])  # also the reference of those that have one
+        second._reference = getattr(first, "_reference", None)
+        for arguments in updates[1:]:
+            second.update(*arguments)
+        # measured before, to see that nothing old is given again
+        first.compute()
+        first.merge_state({name: getattr(second, name) for name in second._defaults} if as_state else second)
+        assert_same(first.compute(), whole.compute())
+    empty = case.make()
+    empty.merge_state(whole)
+    assert_same(empty.compute(), whole.compute())
+
+
+def test_merging_what_does_not_belong_together_is_refused():
+    for other in (None, 1, {}, M.DormantUnits(), {"largest": torch.zeros(1)}):
+        with pytest.raises(ValueError, match=r"takes in the state of another|with its states"):
+            M.DeadUnits().merge_state(other)
+    with pytest.raises(ValueError, match="Both metrics must have the same settings"):
+        M.DeadUnits(unit_dim=1).merge_state(M.DeadUnits(unit_dim=-1))
+    three, two = M.DeadUnits(), M.DeadUnits()
+    three.update(torch.ones(2, 3))
+    two.update(torch.ones(2, 2))
+    with pytest.raises(ValueError, match="same number of units, got 2 and 3"):
+        three.merge_state(two)
+    assert three.compute() == 0
+    with pytest.raises(ValueError, match="largest must be a tensor, got None"):
+        three.merge_state({**{name: getattr(three, name) for name in three._defaults}, "largest": None})
+    norms, others = M.WeightNorm(), M.WeightNorm()
+    norms.update({"a": torch.ones(2)})
+    others.update({"b": torch.ones(2)})
+    with pytest.raises(ValueError, match="must measure the same weights, a, got b"):
+        norms.merge_state(others)
+    fresh = M.WeightNorm()
+    fresh.merge_state(norms)
+    assert_same(fresh.per_layer(), norms.per_layer())
+
+
 @NO_DATA
 @every_case
 def test_persistent_state_survives_a_checkpoint(case):
