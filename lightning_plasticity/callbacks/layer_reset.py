@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from lightning_plasticity import checks
@@ -37,7 +37,8 @@ class LayerReset(ScheduledCallback):
             :class:`~lightning_plasticity.editing.initial.InitialDistribution`.
         module: the name of the module in which ``layers`` are counted; None for the whole model. Names in ``layers``
             are complete all the same.
-        optimizer_state: ``"reset"`` clears the optimizer's state of what is written, ``"keep"`` leaves it.
+        optimizer_state: ``"reset"``: the optimizer begins anew with what is written, its counts of steps too;
+            ``"survivors"`` is the same here, for whole tensors leave none; ``"keep"`` leaves its state.
         seed: of the draws, which are equal on every rank; None takes rank 0's current seed.
 
     Example:
@@ -106,7 +107,7 @@ class LayerReset(ScheduledCallback):
             for name, module in modules.items()
             if name == chosen or name.startswith(f"{chosen}.")
         }
-        self._norms = {name: size for name, module in inside.items() if is_norm(module) and (size := _entries(module))}
+        self._norms = [name for name, module in inside.items() if is_norm(module) and _has_entries(module)]
         self._refuse(inside, modules)
         drawn = {
             id(parameter): f"{name}.{key}"
@@ -171,11 +172,10 @@ class LayerReset(ScheduledCallback):
         fresh = [self._initial.draw(name, self.draws.generator(p.device)) for name, p in drawn.items()]
         if drawn:  # or all belong to an optimizer that has not stepped
             self.editor.write(list(drawn.values()), fresh)
-        for name, size in self._norms.items():
+        for name in self._norms:
             norm = self.model.get_submodule(name)
             if all(id(parameter) in due for parameter in norm.parameters(recurse=False)):
-                device = next(iter(_own_tensors(norm))).device
-                self.editor.reset_norm(name, torch.arange(size, device=device))
+                self.editor.reset_norm(name)
 
     @override
     def _state(self) -> dict[str, Any]:
@@ -187,10 +187,6 @@ class LayerReset(ScheduledCallback):
         self._initial.load_state_dict(state["initial"])
 
 
-def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters(recurse=False)
-    yield from module.buffers(recurse=False)
-
-
-def _entries(norm: nn.Module) -> int:
-    return max((tensor.numel() for tensor in _own_tensors(norm) if tensor.dim()), default=0)
+def _has_entries(norm: nn.Module) -> bool:
+    tensors = itertools.chain(norm.parameters(recurse=False), norm.buffers(recurse=False))
+    return any(tensor.dim() and tensor.numel() for tensor in tensors)

@@ -41,7 +41,10 @@ class ShrinkAndPerturb(ScheduledCallback):
             :class:`~lightning_plasticity.editing.initial.InitialDistribution`.
         module: the name of the module inside the model to work on; None for all of it.
         exclude: patterns (as in ``fnmatch``) of names of parameters to leave alone.
-        optimizer_state: ``"reset"`` clears the optimizer's state of what is written, ``"keep"`` leaves it.
+        optimizer_state: ``"reset"``: the optimizer begins anew with what is written, its counts of steps too;
+            ``"survivors"`` is the same here, for whole tensors leave none; ``"keep"`` leaves its state. None takes
+            ``"keep"`` for a nudge, which acts at every step or leaves at least 0.9 of the weights, and ``"reset"`` for
+            more: an optimizer that began anew at every step would never get beyond its first one.
         seed: of the draws, which are equal on every rank; None takes rank 0's current seed.
 
     Example:
@@ -67,10 +70,13 @@ class ShrinkAndPerturb(ScheduledCallback):
         init: Init = "empirical",
         module: str | None = None,
         exclude: Sequence[str] | str = (),
-        optimizer_state: OptimizerState = "reset",
+        optimizer_state: OptimizerState | None = None,
         seed: int | None = None,
     ) -> None:
         schedule = Schedule(every_n_train_steps, every_n_epochs, on_fit_start)
+        if optimizer_state is None:
+            is_nudge = every_n_train_steps == 1 or checks.number("shrink", shrink, least=0) >= 0.9
+            optimizer_state = "keep" if is_nudge else "reset"
         super().__init__(schedule, module=module, optimizer_state=optimizer_state, seed=seed)
         self.shrink = checks.number("shrink", shrink, least=0)
         self.perturb = checks.number("perturb", perturb, least=0)

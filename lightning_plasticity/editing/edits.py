@@ -6,7 +6,7 @@ out of range, and too few values for a mask, are seen beforehand on the CPU only
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,21 +24,22 @@ from lightning_plasticity.editing.editable import (
     own_entries,
 )
 from lightning_plasticity.editing.initial import copy_to_cpu, reset_on_cpu
-from lightning_plasticity.editing.optimizer_state import StateOfEntries
+from lightning_plasticity.editing.optimizer_state import EntryState
+from lightning_plasticity.editing.optimizer_state import OptimizerState as OptimizerState
 from lightning_plasticity.editing.remainders import Remainders
 
-OptimizerState: TypeAlias = Literal["reset", "keep"]
 _Index: TypeAlias = tuple[Tensor | slice, ...]
 
 
 class Editor:
-    """Write to a model's weights, and put the optimizer state of exactly the written entries back to its initial value.
+    """Write to a model's weights, and renew the optimizer state of exactly the entries that get new values.
 
     The state of an entry is found by the parameter's identity, in what has the parameter's shape. It starts from 0,
     except where the optimizer starts elsewhere: Adagrad's ``initial_accumulator_value``, Rprop's learning rate, the
-    weight itself where the weight is averaged (ASGD). Step counts belong to whole tensors and stay. State of another
-    shape (Adafactor's factors, the history of LBFGS) stays too, and a warning says so once. Of two parameters over the
-    same memory only the one that is named has its state reset; one parameter that two modules share is no such case.
+    weight itself where the weight is averaged (ASGD). Step counts belong to whole tensors, and start again only with
+    these. State of another shape (Adafactor's factors, the history of LBFGS) stays, and a warning says so once. Of two
+    parameters over the same memory only the one that is named has its state renewed; one parameter that two modules
+    share is no such case. :meth:`shift_bias` and :meth:`clamp` renew nothing: what they write is still the same entry.
 
     Indices are distinct ``LongTensor``s on the parameter's device. They may be empty, as may lists of tensors. To
     replace units of several layers, first :meth:`shift_bias` for all, then :meth:`redraw_rows` and :meth:`reset_norm`
@@ -52,11 +53,12 @@ class Editor:
     Args:
         model: The network, in which modules are looked up by their qualified names.
         optimizers: Those that may own its parameters.
-        optimizer_state: ``"reset"``, or ``"keep"`` to leave all state alone, as methods want that nudge every weight at
-            every step.
+        optimizer_state: ``"survivors"``: what an optimizer knows of the size of gradients, such as Adam's second
+            moment, becomes the mean of the tensor's other entries. ``"reset"``: all state starts again. ``"keep"``
+            leaves all state alone, as methods want that nudge every weight at every step. See :class:`.EntryState`.
 
     Raises:
-        ValueError: If ``optimizer_state`` is neither of the two. The edits raise it for a module, an index or values
+        ValueError: If ``optimizer_state`` is none of these. The edits raise it for a module, an index or values
             that do not fit, and ``RuntimeError`` for what :func:`.check_editable` refuses.
 
     Example:
@@ -70,13 +72,10 @@ class Editor:
     """
 
     def __init__(
-        self, model: nn.Module, optimizers: Iterable[Optimizer] = (), optimizer_state: OptimizerState = "reset"
+        self, model: nn.Module, optimizers: Iterable[Optimizer] = (), optimizer_state: OptimizerState = "survivors"
     ) -> None:
-        if optimizer_state not in ("reset", "keep"):
-            raise ValueError(f"optimizer_state must be 'reset' or 'keep', but is {optimizer_state!r}.")
         self._model = model
-        self._resets_state = optimizer_state == "reset"  # asked first, for some methods write all tensors at every step
-        self._state = StateOfEntries(optimizers if self._resets_state else ())
+        self._state = EntryState(optimizers, optimizer_state)
         self.remainders = Remainders(model)
         self._layers: dict[str, EditableLayer] = {}
         self._initial_norms: dict[str, dict[str, Tensor]] = {}
@@ -125,7 +124,7 @@ class Editor:
         """Add to a layer's bias what these inputs would add to its output if their values were ``amounts``.
 
         Convolutions sum over the kernel: exact wherever the kernel does not reach into zero padding. A layer without
-        bias stays as it is.
+        bias stays as it is. Optimizer state stays: the bias goes on from where it is.
         """
         layer = self._layer(module)
         check_index(columns, layer.weight, _groups(layer) * layer.weight.shape[1], module)
@@ -139,7 +138,7 @@ class Editor:
         groups, precise = _groups(layer), torch.promote_types(layer.weight.dtype, torch.float32)
         if groups == 1 and len(columns):  # all biases are shifted: without the masks, which take most of the time
             used = layer.weight[:, columns].unsqueeze(-1).flatten(2).sum(-1, dtype=precise)
-            self.write([layer.bias], [layer.bias + (used * amounts.to(precise)).sum(1)])
+            self._set([layer.bias], [layer.bias + (used * amounts.to(precise)).sum(1)])
             return
         used = _split_rows(layer.weight, groups)[_by_group(columns, layer)]
         added = used.unsqueeze(-1).flatten(2).sum(-1, dtype=precise) * amounts.to(precise).unsqueeze(-1)
@@ -148,11 +147,12 @@ class Editor:
         is_in_group = columns // layer.weight.shape[1] == group
         shift = torch.where(is_in_group.unsqueeze(-1), added, 0.0).sum(1)
         is_shifted = is_in_group.any(1, keepdim=True).expand_as(shift)
-        self.write_masked(layer.bias, is_shifted.flatten(), layer.bias + shift.flatten())
+        shifted = torch.where(is_shifted.flatten(), layer.bias + shift.flatten(), layer.bias)
+        layer.bias.copy_(shifted)
 
     @torch.no_grad()
-    def reset_norm(self, module: str, entries: Tensor) -> None:
-        """Set these entries of a normalisation module to the values that its ``reset_parameters()`` gives.
+    def reset_norm(self, module: str, entries: Tensor | None = None) -> None:
+        """Set entries of a normalisation module, or all of it, to the values that its ``reset_parameters()`` gives.
 
         For PyTorch's own: weight 1, bias 0, running mean 0, running variance 1. Where the weight has several dimensions
         (``LayerNorm``), entries are counted row by row. The values are made once, on the CPU, and kept.
@@ -160,12 +160,14 @@ class Editor:
         norm = self._find(module)
         if module not in self._initial_norms:
             self._initial_norms[module] = _initial_norm(norm, module)
-        parts: list[tuple[Tensor, Tensor]] = [
-            (getattr(norm, name), initial) for name, initial in self._initial_norms[module].items()
-        ]
-        for tensor, _ in parts:
+        initials = self._initial_norms[module]
+        tensors: list[Tensor] = [getattr(norm, name) for name in initials]
+        if entries is None:
+            self.write(tensors, list(initials.values()))
+            return
+        for tensor in tensors:
             check_index(entries, tensor, tensor.numel(), module)
-        for tensor, initial in parts:
+        for tensor, initial in zip(tensors, initials.values(), strict=True):
             index = _unravelled(entries, tensor.shape)
             self._assign(tensor, index, initial.to(tensor.device)[index])
 
@@ -180,7 +182,7 @@ class Editor:
             )
         check_device(values, parameter)
         torch.where(mask, values.to(parameter.dtype), parameter, out=parameter)
-        self._reset_masked(parameter, mask)
+        self._state.renew_masked(parameter, mask)
 
     @torch.no_grad()
     def write_packed(self, parameter: Tensor, mask: Tensor, values: Tensor) -> None:
@@ -196,11 +198,7 @@ class Editor:
         if mask.device.type == "cpu" and len(values) != (count := int(torch.count_nonzero(mask))):
             raise ValueError(f"write_packed needs a value for each of {count} masked entries, but got {len(values)}.")
         parameter.masked_scatter_(mask, values.to(parameter.dtype))
-        self._reset_masked(parameter, mask)
-
-    def _reset_masked(self, parameter: Tensor, mask: Tensor) -> None:
-        for state, initial in self._state.of(parameter):
-            torch.where(mask, initial, state, out=state)
+        self._state.renew_masked(parameter, mask)
 
     @torch.no_grad()
     def precise(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -212,9 +210,8 @@ class Editor:
         """Set whole parameters or buffers to ``values``. What float32 values have beyond half precision is kept."""
         check_pairs(tensors, values, "write", "values")
         if tensors:
-            torch._foreach_copy_(list(tensors), list(values))
-            self.remainders.close(tensors, values)
-            self._reset_state(tensors)
+            self._set(tensors, values)
+            self._state.renew_whole(tensors)
 
     @torch.no_grad()
     def scale(self, tensors: Sequence[Tensor], factors: Sequence[Tensor] | float) -> None:
@@ -230,7 +227,7 @@ class Editor:
             values = self.remainders.open(tensors)
             torch._foreach_mul_(values, factors)
             self.remainders.close(tensors, values)
-            self._reset_state(tensors)
+            self._state.renew_whole(tensors)
 
     @torch.no_grad()
     def add(self, tensors: Sequence[Tensor], amounts: Sequence[Tensor], factor: float = 1.0) -> None:
@@ -240,7 +237,7 @@ class Editor:
             values = self.remainders.open(tensors)
             torch._foreach_add_(values, list(amounts), alpha=factor)
             self.remainders.close(tensors, values)
-            self._reset_state(tensors)
+            self._state.renew_whole(tensors)
 
     @torch.no_grad()
     def clamp(self, tensors: Sequence[Tensor], limit: float) -> None:
@@ -253,6 +250,10 @@ class Editor:
         else:
             torch._foreach_clamp_min_(list(tensors), -limit)
             torch._foreach_clamp_max_(list(tensors), limit)
+
+    def _set(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        torch._foreach_copy_(list(tensors), list(values))
+        self.remainders.close(tensors, values)
 
     def _find(self, name: str) -> nn.Module:
         try:
@@ -280,13 +281,7 @@ class Editor:
             return whole if groups is None else _split_rows(whole, groups)
 
         indexed(tensor)[index] = values.to(tensor.dtype)
-        for state, initial in self._state.of(tensor):
-            indexed(state)[index] = indexed(initial)[index]
-
-    def _reset_state(self, tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors if self._resets_state else ():
-            for state, initial in self._state.of(tensor):
-                state.copy_(initial)
+        self._state.renew(tensor, index, indexed)
 
 
 def _initial_norm(norm: nn.Module, name: str) -> dict[str, Tensor]:

@@ -1,41 +1,108 @@
-"""Which state of an optimizer belongs to the single entries of a parameter, and the value it starts from."""
+"""What becomes of an optimizer's memory of the entries of a parameter that get new values."""
 
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, TypeAlias, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer, Rprop
+
+OptimizerState: TypeAlias = Literal["survivors", "reset", "keep"]
+OPTIMIZER_STATES: tuple[OptimizerState, ...] = get_args(OptimizerState)
 
 # One value per tensor whatever the tensor's shape, so that a parameter without dimensions is no exception.
 _COUNTERS = frozenset({"step", "eta", "mu", "mu_product"})
 # Copies of the weight, or averages that start from it; 0 would pull the weight towards 0. In this order of: ASGD,
 # Schedule-Free, MADGRAD, timm's Lookahead.
 _COPIES_OF_THE_WEIGHT = frozenset({"ax", "z", "x0", "lookahead_slow_buff"})
+# How large gradients have been, by which updates are divided. In this order of: Adam and most of its kin, AdaBelief,
+# Adamax, RMSprop and Adadelta, Adadelta, Adagrad, MADGRAD, AdaHessian.
+_SIZES_OF_GRADIENTS = frozenset(
+    {"exp_avg_sq", "max_exp_avg_sq", "exp_avg_var", "max_exp_avg_var", "exp_inf", "square_avg"}
+) | {"acc_delta", "sum", "grad_sum_sq", "exp_hessian_diag_sq"}
+_Index: TypeAlias = tuple[Tensor | slice, ...]
 
 
-class StateOfEntries:
-    """Find the optimizer state that has one value for each entry of a parameter, by the parameter's identity.
+class EntryState:
+    r"""Renews the state that optimizers have for the entries of a parameter, when these entries get new values.
+
+    State of an entry is what has the parameter's shape, found by the parameter's identity. Momentum goes back to where
+    it starts, in most optimizers to 0. How large gradients have been is what updates are divided by, and there the
+    modes differ:
+
+    - ``"survivors"``: it becomes the mean over the entries of the tensor that are not renewed. Adam's first updates are
+      then :math:`(1 - \beta_1^a) |g| / \sqrt{\beta_2^a \overline v + \dots}` learning rates at age :math:`a`: for
+      gradients of the usual size at most what a fresh Adam's would be, one learning rate, and less for smaller ones.
+    - ``"reset"``: it starts from 0, as if the entry were new to the optimizer. Adam's count of steps, which belongs to
+      the whole tensor, says otherwise: its first updates are too large, by up to 6.6 learning rates.
+    - ``"keep"``: nothing is touched.
+
+    A whole tensor that is renewed has no survivors: with both modes it starts as in a fresh optimizer, its count of
+    steps too.
 
     Args:
         optimizers: Where to look. Optimizers that hold another one (Lightning's and Fabric's wrappers,
             ``ZeroRedundancyOptimizer``, Lookahead, SAM) are looked into.
+        mode: What happens to the state.
+
+    Raises:
+        ValueError: If there is no such mode.
 
     Example:
-        >>> import torch
-        >>> weight = nn.Parameter(torch.ones(2))
+        >>> weight = nn.Parameter(torch.ones(4))
         >>> optimizer = torch.optim.Adagrad([weight], initial_accumulator_value=0.5)
-        >>> [(state, initial)] = StateOfEntries([optimizer]).of(weight)
-        >>> state is optimizer.state[weight]["sum"], initial
-        (True, tensor([0.5000, 0.5000]))
+        >>> EntryState([optimizer], "survivors").renew_masked(weight, torch.tensor([True, False, False, False]))
+        >>> optimizer.state[weight]["sum"]
+        tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
 
-    def __init__(self, optimizers: Iterable[Optimizer]) -> None:
-        self._optimizers = [level for optimizer in optimizers for level in _levels(optimizer)]
+    def __init__(self, optimizers: Iterable[Optimizer], mode: OptimizerState) -> None:
+        if mode not in OPTIMIZER_STATES:
+            raise ValueError(f"optimizer_state must be one of {OPTIMIZER_STATES}, but is {mode!r}.")
+        # Without any where state is kept: it is asked first, for some methods write all tensors at every step.
+        self._optimizers = [] if mode == "keep" else [level for optimizer in optimizers for level in _levels(optimizer)]
+        self._mode = mode
         self._has_warned = False
 
-    def of(self, parameter: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each such state tensor with its initial value, which may be a view of the parameter: use it at once.
+    def renew(self, parameter: Tensor, index: _Index, view: Callable[[Tensor], Tensor]) -> None:
+        """Renew the entries at an index of what ``view`` makes of a tensor of the parameter's shape."""
+        for key, state, initial in self._of(parameter):
+            entries = view(state)
+            if not self._follows_survivors(key):
+                entries[index] = view(initial)[index]
+                continue
+            old = entries[index]
+            entries[index] = 0.0
+            survivors = state.numel() - old.numel()
+            mean = _sum(state) / survivors if survivors else _sum(old) / max(old.numel(), 1)
+            entries[index] = _finite(mean).to(state.dtype)
+
+    def renew_masked(self, parameter: Tensor, mask: Tensor) -> None:
+        """Renew the entries where a mask of the parameter's shape is true."""
+        for key, state, initial in self._of(parameter):
+            if self._follows_survivors(key):
+                survivors = mask.numel() - torch.count_nonzero(mask)
+                mean_of_all = _sum(state) / max(state.numel(), 1)
+                torch.where(mask, torch.zeros_like(mean_of_all, dtype=state.dtype), state, out=state)
+                mean = torch.where(survivors > 0, _sum(state) / survivors.clamp(min=1), mean_of_all)
+                initial = _finite(mean).to(state.dtype)
+            torch.where(mask, initial, state, out=state)
+
+    def renew_whole(self, parameters: Iterable[Tensor]) -> None:
+        """Renew all entries of parameters, and the counts that belong to them."""
+        for parameter in parameters if self._optimizers else ():
+            for _, state, initial in self._of(parameter):
+                state.copy_(initial)
+            for optimizer in self._optimizers:
+                if not isinstance(optimizer, LBFGS):
+                    _restart_counts(optimizer, parameter)
+
+    def _follows_survivors(self, key: str) -> bool:
+        return self._mode == "survivors" and key in _SIZES_OF_GRADIENTS
+
+    def _of(self, parameter: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Each such state with its name and initial value, which may be a view of the parameter: use it at once.
 
         State that has no value for each entry is left out, and a warning says so the first time.
         """
@@ -49,7 +116,7 @@ class StateOfEntries:
                 if key in _COUNTERS:
                     continue
                 if _has_the_entries_of(parameter, state):
-                    yield state, _initial(optimizer, key, parameter, state)
+                    yield key, state, _initial(optimizer, key, parameter, state)
                 elif _holds_many_values(state):
                     self._warn_once(optimizer, key)
 
@@ -75,6 +142,13 @@ def _group(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any] | None:
     return next((group for group in optimizer.param_groups if any(p is parameter for p in group["params"])), None)
 
 
+def _lr(optimizer: Optimizer, parameter: Tensor) -> float | Tensor:
+    group = _group(optimizer, parameter)
+    assert group is not None, "an optimizer has state for its own parameters only"
+    lr: float | Tensor = group["lr"]
+    return lr
+
+
 def _has_the_entries_of(parameter: Tensor, state: Any) -> bool:
     # Quantised state, whether integers or a tensor subclass, has no entries that can be set one by one.
     return type(state) in (Tensor, nn.Parameter) and state.shape == parameter.shape and state.is_floating_point()
@@ -94,8 +168,25 @@ def _initial(optimizer: Optimizer, key: str, parameter: Tensor, state: Tensor) -
     if isinstance(optimizer, Adagrad) and key == "sum":
         start = optimizer.defaults["initial_accumulator_value"]
     elif isinstance(optimizer, Rprop) and key == "step_size":
-        group = _group(optimizer, parameter)
-        assert group is not None, "an optimizer has state for its own parameters only"
-        start = group["lr"]
+        start = _lr(optimizer, parameter)
     value = start.detach().to(state).reshape(()) if isinstance(start, Tensor) else state.new_full((), start)
     return value.expand(parameter.shape)
+
+
+def _restart_counts(optimizer: Optimizer, parameter: Tensor) -> None:
+    known = optimizer.state.get(parameter, {})
+    for key in _COUNTERS & known.keys():
+        # ASGD's step size starts from its learning rate, and products start from 1.
+        start = 0.0 if key == "step" else _lr(optimizer, parameter) if key == "eta" else 1.0
+        if isinstance(known[key], Tensor):
+            known[key].copy_(torch.as_tensor(start))
+        else:
+            known[key] = type(known[key])(start)
+
+
+def _sum(values: Tensor) -> Tensor:
+    return values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
+
+
+def _finite(mean: Tensor) -> Tensor:
+    return torch.where(torch.isfinite(mean), mean, torch.zeros_like(mean))

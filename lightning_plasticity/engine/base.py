@@ -22,6 +22,7 @@ from lightning_plasticity import checks
 from lightning_plasticity.distributed import EqualDraws, agree_on_seed
 from lightning_plasticity.editing.editable import check_whole
 from lightning_plasticity.editing.edits import Editor, OptimizerState
+from lightning_plasticity.editing.optimizer_state import OPTIMIZER_STATES
 from lightning_plasticity.engine.forward import FirstCalls, forget_compiled_code
 from lightning_plasticity.engine.forward import ForwardCall as ForwardCall
 from lightning_plasticity.engine.forward import in_backward as in_backward
@@ -63,7 +64,7 @@ class PlasticityCallback(Callback, ABC):
     ) -> None:
         super().__init__()
         self.module = checks.optional(checks.word, "module", module)
-        self.optimizer_state: OptimizerState = checks.choice("optimizer_state", optimizer_state, ("reset", "keep"))
+        self.optimizer_state: OptimizerState = checks.choice("optimizer_state", optimizer_state, OPTIMIZER_STATES)
         self.seed = checks.optional(checks.seed, "seed", seed)
         self.needs_example = needs_example
         self._state_key = self._generate_state_key(module=module)  # Lightning asks for it around each of its calls

@@ -69,6 +69,32 @@ def test_new_values_come_from_where_the_layer_began():
     assert (model[1].running_var == 1).all()
 
 
+@pytest.mark.parametrize("form", [{"foreach": False}, {"foreach": True}, {"fused": True}])
+def test_a_layer_that_is_reset_begins_as_with_a_new_optimizer(form):
+    """To the bit: also its first step is corrected for the moments that start from 0."""
+
+    def make():
+        return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+
+    def train(model, optimizer, steps, method=None):
+        generator = torch.Generator().manual_seed(steps)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.randn(8, 4, generator=generator)).square().sum().backward()
+            optimizer.step()
+            if method is not None:
+                method.step()
+
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, **form)
+    train(model, optimizer, 7, LayerReset(["0", "1", "2"], every_n_train_steps=7).attach(model, optimizer))
+    fresh = make()
+    fresh.load_state_dict(model.state_dict())
+    train(model, optimizer, 5)
+    train(fresh, torch.optim.AdamW(fresh.parameters(), lr=0.1, **form), 5)
+    torch.testing.assert_close(dict(model.state_dict()), dict(fresh.state_dict()), rtol=0, atol=0)
+
+
 def test_a_container_and_a_parametrized_layer():
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
     parametrizations.weight_norm(model[1][2])

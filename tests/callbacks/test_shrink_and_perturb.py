@@ -51,6 +51,40 @@ def test_all_trained_parameters_are_mixed_with_draws_from_where_they_began():
         assert all(not state.any() for state in optimizer.state[parameter].values() if state.dim())
 
 
+def test_a_nudge_keeps_the_state_of_the_optimizer():
+    def chosen(**settings):
+        return ShrinkAndPerturb(**settings).optimizer_state
+
+    assert chosen(on_fit_start=True) == chosen(shrink=0.89, every_n_train_steps=2) == "reset"
+    assert chosen(shrink=0.9, every_n_epochs=1) == chosen(shrink=0.5, every_n_train_steps=1) == "keep"
+    assert chosen(shrink=0.99, on_fit_start=True, optimizer_state="reset") == "reset"
+
+
+def test_the_soft_form_moves_weights_as_the_optimizer_does_without_it():
+    """Noise in the gradients is averaged out over steps, unless moments begin anew at each of them."""
+
+    def mean_size_of_updates(method: ShrinkAndPerturb | None) -> float:
+        torch.manual_seed(0)
+        layer = nn.Linear(40, 30)
+        optimizer = torch.optim.Adam(layer.parameters(), lr=1e-3)
+        if method is not None:
+            method.attach(layer, optimizer)
+        sizes = []
+        for _ in range(300):
+            layer.weight.grad = torch.randn(layer.weight.shape)
+            before = layer.weight.detach().clone()
+            optimizer.step()
+            sizes.append((layer.weight - before).abs().mean().item() / 1e-3)
+            if method is not None:
+                method.step()
+        return sum(sizes[100:]) / 200
+
+    plain = mean_size_of_updates(None)
+    soft = mean_size_of_updates(ShrinkAndPerturb(1 - 1e-5, 1e-5, every_n_train_steps=1))
+    assert soft == pytest.approx(plain, rel=1e-3)
+    assert plain < 0.3
+
+
 def test_draws_are_new_each_time_and_equal_for_equal_seeds():
     def perturbations(seed: int) -> list[torch.Tensor]:
         torch.manual_seed(0)

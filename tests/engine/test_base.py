@@ -32,7 +32,7 @@ def attached(**settings: Any) -> tuple[NoisyUnits, Network, torch.optim.Optimize
 
 
 def test_unknown_optimizer_state() -> None:
-    with pytest.raises(ValueError, match="must be one of 'reset', 'keep', got 'clear'"):
+    with pytest.raises(ValueError, match="must be one of 'survivors', 'reset', 'keep', got 'clear'"):
         NoisyUnits(3, optimizer_state="clear")
 
 
