@@ -3,16 +3,15 @@
 from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias
 
-import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_plasticity.editing.optimizer_state import (
-    _COUNTERS,
-    StateOfEntries,
-    _has_the_entries_of,
-    _holds_many_values,
-    _levels,
+    EntryState,
+    has_the_entries_of,
+    holds_many_values,
+    levels,
+    restart_counts,
 )
 
 Memory: TypeAlias = Literal["all", "moments", "step"]
@@ -32,6 +31,7 @@ def reset_optimizer(optimizer: Optimizer, parameters: Iterable[Tensor], what: Me
         How many items of state were put back.
 
     Example:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.ones(2))
         >>> optimizer = torch.optim.Adam([weight])
         >>> weight.grad = torch.ones(2)
@@ -43,40 +43,33 @@ def reset_optimizer(optimizer: Optimizer, parameters: Iterable[Tensor], what: Me
     """
     wanted = {id(parameter) for parameter in parameters}
     count = 0
-    for level in _levels(optimizer):
-        entries = StateOfEntries([level])
+    for level in levels(optimizer):
+        entries = EntryState([level], "reset")
         for group in level.param_groups:
             own = [parameter for parameter in group["params"] if id(parameter) in wanted]
             if isinstance(level, LBFGS) and own and what == "all":
                 count += len(level.state)
                 level.state.clear()  # it is kept with the first parameter, for all
             for parameter in own:
-                count += _reset_parameter(level, parameter, group["lr"], entries, what)
+                count += _reset_parameter(level, parameter, entries, what)
             if what != "moments" and own and len(own) == len(group["params"]) and isinstance(group.get("step"), int):
                 group["step"] = 0  # there are optimizers that count once for a group
                 count += 1
     return count
 
 
-def _reset_parameter(
-    optimizer: Optimizer, parameter: Tensor, rate: Tensor | float, entries: StateOfEntries, what: Memory
-) -> int:
+def _reset_parameter(optimizer: Optimizer, parameter: Tensor, entries: EntryState, what: Memory) -> int:
     state: dict[str, Any] = optimizer.state.get(parameter, {})
     if what == "all" and any(_is_of_another_shape(parameter, value) for value in state.values()):
         count = len(state)
         state.clear()
         return count
     count = 0
-    for value, initial in entries.of(parameter) if what != "step" else ():
+    for _, value, initial in entries.of(parameter) if what != "step" else ():
         value.copy_(initial)
         count += 1
-    for key in _COUNTERS & state.keys() if what != "moments" else ():
-        start = rate if key == "eta" else 1.0 if key in ("mu", "mu_product") else 0
-        value = state[key]
-        state[key] = value.copy_(torch.as_tensor(start)) if isinstance(value, Tensor) else type(value)(start)
-        count += 1
-    return count
+    return count if what == "moments" else count + restart_counts(optimizer, parameter)
 
 
 def _is_of_another_shape(parameter: Tensor, value: Any) -> bool:
-    return _holds_many_values(value) and not _has_the_entries_of(parameter, value)
+    return holds_many_values(value) and not has_the_entries_of(parameter, value)

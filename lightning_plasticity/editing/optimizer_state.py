@@ -61,13 +61,13 @@ class EntryState:
         if mode not in OPTIMIZER_STATES:
             raise ValueError(f"optimizer_state must be one of {OPTIMIZER_STATES}, but is {mode!r}.")
         # Without any where state is kept: it is asked first, for some methods write all tensors at every step.
-        self._optimizers = [] if mode == "keep" else [level for optimizer in optimizers for level in _levels(optimizer)]
+        self._optimizers = [] if mode == "keep" else [level for optimizer in optimizers for level in levels(optimizer)]
         self._mode = mode
         self._has_warned = False
 
     def renew(self, parameter: Tensor, index: _Index, view: Callable[[Tensor], Tensor]) -> None:
         """Renew the entries at an index of what ``view`` makes of a tensor of the parameter's shape."""
-        for key, state, initial in self._of(parameter):
+        for key, state, initial in self.of(parameter):
             entries = view(state)
             if not self._follows_survivors(key):
                 entries[index] = view(initial)[index]
@@ -80,7 +80,7 @@ class EntryState:
 
     def renew_masked(self, parameter: Tensor, mask: Tensor) -> None:
         """Renew the entries where a mask of the parameter's shape is true."""
-        for key, state, initial in self._of(parameter):
+        for key, state, initial in self.of(parameter):
             if self._follows_survivors(key):
                 survivors = mask.numel() - torch.count_nonzero(mask)
                 mean_of_all = _sum(state) / max(state.numel(), 1)
@@ -92,16 +92,16 @@ class EntryState:
     def renew_whole(self, parameters: Iterable[Tensor]) -> None:
         """Renew all entries of parameters, and the counts that belong to them."""
         for parameter in parameters if self._optimizers else ():
-            for _, state, initial in self._of(parameter):
+            for _, state, initial in self.of(parameter):
                 state.copy_(initial)
             for optimizer in self._optimizers:
                 if not isinstance(optimizer, LBFGS):
-                    _restart_counts(optimizer, parameter)
+                    restart_counts(optimizer, parameter)
 
     def _follows_survivors(self, key: str) -> bool:
         return self._mode == "survivors" and key in _SIZES_OF_GRADIENTS
 
-    def _of(self, parameter: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def of(self, parameter: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Each such state with its name and initial value, which may be a view of the parameter: use it at once.
 
         State that has no value for each entry is left out, and a warning says so the first time.
@@ -115,9 +115,9 @@ class EntryState:
             for key, state in optimizer.state.get(parameter, {}).items():
                 if key in _COUNTERS:
                     continue
-                if _has_the_entries_of(parameter, state):
+                if has_the_entries_of(parameter, state):
                     yield key, state, _initial(optimizer, key, parameter, state)
-                elif _holds_many_values(state):
+                elif holds_many_values(state):
                     self._warn_once(optimizer, key)
 
     def _warn_once(self, optimizer: Optimizer, key: str) -> None:
@@ -132,10 +132,10 @@ class EntryState:
         )
 
 
-def _levels(optimizer: Optimizer) -> list[Optimizer]:
+def levels(optimizer: Optimizer) -> list[Optimizer]:
     """An optimizer after those that it holds, for either may have state."""
     held = (getattr(optimizer, name, None) for name in ("optimizer", "optim", "base_optimizer", "_base_optimizer"))
-    return [level for inner in held if isinstance(inner, Optimizer) for level in _levels(inner)] + [optimizer]
+    return [level for inner in held if isinstance(inner, Optimizer) for level in levels(inner)] + [optimizer]
 
 
 def _group(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any] | None:
@@ -149,16 +149,18 @@ def _lr(optimizer: Optimizer, parameter: Tensor) -> float | Tensor:
     return lr
 
 
-def _has_the_entries_of(parameter: Tensor, state: Any) -> bool:
+def has_the_entries_of(parameter: Tensor, state: Any) -> bool:
+    """Whether a state has a value for each entry of a parameter."""
     # Quantised state, whether integers or a tensor subclass, has no entries that can be set one by one.
     return type(state) in (Tensor, nn.Parameter) and state.shape == parameter.shape and state.is_floating_point()
 
 
-def _holds_many_values(state: Any) -> bool:
+def holds_many_values(state: Any) -> bool:
+    """Whether a state is more than one number."""
     if isinstance(state, Tensor):
         return state.numel() > 1
     parts = list(state.values()) if isinstance(state, dict) else state
-    return isinstance(parts, list | tuple) and any(_holds_many_values(part) for part in parts)
+    return isinstance(parts, list | tuple) and any(holds_many_values(part) for part in parts)
 
 
 def _initial(optimizer: Optimizer, key: str, parameter: Tensor, state: Tensor) -> Tensor:
@@ -173,15 +175,18 @@ def _initial(optimizer: Optimizer, key: str, parameter: Tensor, state: Tensor) -
     return value.expand(parameter.shape)
 
 
-def _restart_counts(optimizer: Optimizer, parameter: Tensor) -> None:
+def restart_counts(optimizer: Optimizer, parameter: Tensor) -> int:
+    """Put the counts that belong to a whole parameter back to their start, and return how many there are."""
     known = optimizer.state.get(parameter, {})
-    for key in _COUNTERS & known.keys():
+    counts = sorted(_COUNTERS & known.keys())
+    for key in counts:
         # ASGD's step size starts from its learning rate, and products start from 1.
         start = 0.0 if key == "step" else _lr(optimizer, parameter) if key == "eta" else 1.0
         if isinstance(known[key], Tensor):
             known[key].copy_(torch.as_tensor(start))
         else:
             known[key] = type(known[key])(start)
+    return len(counts)
 
 
 def _sum(values: Tensor) -> Tensor:

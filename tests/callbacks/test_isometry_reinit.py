@@ -49,7 +49,7 @@ def test_same_course_as_the_slow_reference_over_300_steps(network, iterations):
         for layer in twin.modules() if steps % 50 == 0 else ():
             if isinstance(layer, nn.Linear | nn.Conv2d):
                 layer.weight.data = torch.from_numpy(slow_reinit(layer.weight.detach().numpy(), iterations))
-                for key in ("exp_avg", "exp_avg_sq"):
+                for key in ("exp_avg", "exp_avg_sq", "step"):
                     optimizers[1].state[layer.weight][key].zero_()
 
     train(model, optimizers[0], method.step, INPUT[network], 300)
