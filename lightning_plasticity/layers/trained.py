@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -25,7 +26,7 @@ class LayerWeights:
         leaves_out: parameters that the method does not work on.
 
     Raises:
-        ValueError: If none of the weights is trained.
+        ValueError: If there are none.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
@@ -47,12 +48,18 @@ class LayerWeights:
     ) -> None:
         found = find_weights(model, scope, patterns)
         self.names = {weight: name for name, weight in found.items() if weight not in leaves_out}
+        where = scope or type(model).__name__
+        if not self.names:
+            raise ValueError(
+                f"{method} needs weights of linear, convolution or attention layers, but {patterns} leaves none that "
+                f"it works on in {where!r}. Change include=, exclude= or module=."
+            )
         trained: Sequence[Optimizer | None] = optimizers or [None]
         if not any(weights for optimizer in trained for _, weights in self.trained_by(optimizer)):
-            raise ValueError(
-                f"{method} needs weights of linear, convolution or attention layers that are trained, but of the "
-                f"{len(found)} that {patterns} leaves in {scope or type(model).__name__!r} none is. Unfreeze some, "
-                "hand them to the optimizer, or change include=, exclude= or module=."
+            rank_zero_warn(
+                f"{method} has nothing to do yet, for each of the {len(self.names)} weights that it works on in "
+                f"{where!r} is frozen or belongs to no optimizer. It begins with those that are unfrozen and handed to "
+                "an optimizer while training goes on."
             )
 
     def trained_by(self, optimizer: Optimizer | None) -> Iterator[tuple[Tensor | float, list[nn.Parameter]]]:

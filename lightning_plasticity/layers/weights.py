@@ -25,6 +25,9 @@ class LayerPatterns:
     include: tuple[str, ...]
     exclude: tuple[str, ...]
 
+    def __str__(self) -> str:
+        return f"include={self.include!r}" + (f" with exclude={self.exclude!r}" if self.exclude else "")
+
     def mean(self, name: str) -> bool:
         """Whether a layer of this name is meant."""
         included = any(fnmatchcase(name, pattern) for pattern in self.include)

@@ -1,0 +1,38 @@
+"""Which weights a step has trained: those that are frozen at first join when they are thawed."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_plasticity.layers.trained import LayerWeights
+from lightning_plasticity.layers.weights import LayerPatterns
+
+EVERYWHERE = LayerPatterns(("*",), ())
+
+
+def names_trained(weights, optimizer):
+    return [weights.names[weight] for _, group in weights.trained_by(optimizer) for weight in group]
+
+
+def test_frozen_weights_wait_until_they_are_thawed():
+    model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "norm": nn.LayerNorm(2)})
+    model["backbone"].requires_grad_(False)
+    optimizer = torch.optim.SGD(model["norm"].parameters(), lr=0.5)
+    with pytest.warns(UserWarning, match="A method has nothing to do yet, for each of the 1 weights .* 'ModuleDict'"):
+        weights = LayerWeights("A method", model, "", EVERYWHERE, [optimizer])
+    assert names_trained(weights, optimizer) == []
+    model["backbone"].requires_grad_(True)
+    optimizer.add_param_group({"params": model["backbone"].parameters()})
+    assert names_trained(weights, optimizer) == ["backbone.weight"]
+
+
+def test_without_an_optimizer_all_that_is_not_frozen_is_trained():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+    assert names_trained(LayerWeights("A method", model, "", EVERYWHERE, []), None) == ["0.weight"]
+
+
+def test_no_weights_at_all_are_an_error():
+    model = nn.Sequential(nn.Linear(2, 2))
+    for patterns, left_out in ((LayerPatterns(("*",), ("0",)), []), (EVERYWHERE, list(model.parameters()))):
+        with pytest.raises(ValueError, match=r"A method needs weights .* include=\('\*',\).* leaves none that"):
+            LayerWeights("A method", model, "", patterns, [], frozenset(left_out))
