@@ -7,16 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_plasticity.distributed import is_sharded
+
 EditableLayer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 EDITABLE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# DTensor (FSDP2, tensor parallelism), FSDP with flat and with original parameters, and DeepSpeed stage 3.
-_MARKS_OF_SHARDING = ("device_mesh", "_is_flat_param", "_fsdp_flattened", "ds_id")
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether each rank holds only a part of a parameter."""
-    return any(hasattr(parameter, mark) for mark in _MARKS_OF_SHARDING)
 
 
 def check_whole(model: nn.Module, needs: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_plasticity.distributed import is_sharded
 from lightning_plasticity.units.names import original as original
 from lightning_plasticity.units.probing import Network, undisturbed
 from lightning_plasticity.units.wiring import Group, Wiring
@@ -64,7 +65,7 @@ class Findings:
     runs: int
 
 
-def find_units(model: nn.Module, *inputs: Any, explain: bool = False) -> list[HiddenUnits]:
+def find_units(model: nn.Module, *inputs: Any, explain: bool = False, **named_inputs: Any) -> list[HiddenUnits]:
     """Finds the hidden units of a network by running it on an example.
 
     The network runs some dozens of times, in evaluation mode and without gradients, and is afterwards as it was.
@@ -73,6 +74,7 @@ def find_units(model: nn.Module, *inputs: Any, explain: bool = False) -> list[Hi
         model: any network; a compiled one is examined through its original module.
         *inputs: an example of what ``model`` is called with. One example in the batch is enough and fastest.
         explain: print a table of what was found, with the reason for each layer that was left out.
+        **named_inputs: what it is called with by name, as in ``find_units(model, input_ids=tokens)``.
 
     Returns:
         The sets of units, in the order of the forward pass. Empty if there are none.
@@ -85,7 +87,7 @@ def find_units(model: nn.Module, *inputs: Any, explain: bool = False) -> list[Hi
         >>> units.name, units.size, units.consumers[0].module, units.activation
         ('0', 8, '2', 'relu')
     """
-    found = explore(model, inputs, {}, explain=explain)
+    found = explore(model, inputs, named_inputs, explain=explain)
     if explain:
         print(table(found))
     return found.units
@@ -118,6 +120,12 @@ def _refuse_unprobeable(model: nn.Module) -> None:
         if parameter.is_meta:
             raise ValueError(
                 f"Parameter {name!r} is on the meta device and has no values. Materialise the model first."
+            )
+        if is_sharded(parameter):
+            raise ValueError(
+                f"Finding hidden units needs whole parameters on every rank, but {name!r} is sharded (FSDP, DeepSpeed "
+                "stage 3 or tensor parallelism). Find them before the model is sharded, or use a strategy that keeps "
+                "parameters whole, for instance strategy='ddp'."
             )
 
 

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn import functional as F
 
 from lightning_plasticity.units import __main__ as command
@@ -412,6 +414,12 @@ def test_inputs_and_outputs_of_many_kinds():
     assert by_name(find_units(single, {"x": VECTOR[0]})).keys() == {"a"}
 
 
+def test_inputs_by_name():
+    model = Function(lambda s, x, *, scale: s.b(F.relu(s.a(x))) * scale, a=nn.Linear(6, 8), b=nn.Linear(8, 2))
+    assert by_name(find_units(model, x=VECTOR[0], scale=2.0)).keys() == {"a"}
+    assert by_name(find_units(model, *VECTOR, scale=2.0)).keys() == {"a"}
+
+
 def test_lightning_module_and_compiled_module():
     class Module(LightningModule):
         def __init__(self):
@@ -575,6 +583,20 @@ def test_what_cannot_be_probed_is_refused(model, inputs, message):
         warnings.simplefilter("ignore")  # torch's own about lazy modules
         with pytest.raises(ValueError, match=message):
             find_units(model, *inputs)
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def test_sharded_parameters_are_refused(mesh):
+    model = mlp()
+    parallelize_module(model, mesh, {"0": ColwiseParallel()})
+    with pytest.raises(ValueError, match=r"needs whole parameters on every rank, but '0.weight' is sharded"):
+        find_units(model, *VECTOR)
 
 
 def test_a_torchscript_module_is_refused():
