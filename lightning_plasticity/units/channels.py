@@ -111,6 +111,11 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, TORCH_NORMS) or (named_so and alone)
 
 
+def weights_of(module: nn.Module) -> list[nn.Parameter]:
+    """The module's own parameters that could be a layer's weight: with entries in two dimensions."""
+    return [p for p in module.parameters(recurse=False) if p.requires_grad and sum(size > 1 for size in p.shape) > 1]
+
+
 def norm_dims(module: nn.Module, x: Tensor) -> int | None:
     """The dimension of ``x`` that runs over the entries of a normalisation layer, None where it has none.
 

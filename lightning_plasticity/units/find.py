@@ -104,6 +104,11 @@ def explore(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *,
             _explain(wiring)
         units = _assemble(wiring)
         left_out = {layer.name: reason for layer in network.layers if (reason := layer.reason or layer.unmarked)}
+        for name, function in wiring.foreign.items():
+            kind = type(network.foreign[name]).__name__
+            left_out[name] = (
+                f"its type is {kind}, not one of torch's linear and convolution layers (it uses {function})"
+            )
     return Findings(units, left_out, network.runs)
 
 

@@ -12,7 +12,6 @@ units cannot be mistaken for one that is fed by a single one, and about ``log2(c
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,6 +52,7 @@ _ACTIVATIONS = frozenset(
 )
 _PRODUCTS = frozenset(["mul", "multiply", "__mul__", "__rmul__", "__imul__"])
 LAYER_CALLS = frozenset(["linear", "conv1d", "conv2d", "conv3d"])
+_SOFTMAXES = frozenset(["softmax", "log_softmax", "softmin"])
 _SCALAR_READS = frozenset(["item", "tolist", "__bool__", "__float__", "__int__", "__index__"])
 _LOOKS_FOR_NAN = frozenset(["isfinite", "isnan", "isinf", "isposinf", "isneginf"])
 _REPLACES_NAN = frozenset(["nan_to_num", "nan_to_num_"])
@@ -82,6 +82,10 @@ class Network:
         ]
         self.norms = {name: m for name, m in modules.items() if is_norm(m)}
         self.opaque = {name: m for name, m in modules.items() if isinstance(m, _OPAQUE)}
+        known = {layer.module for layer in self.layers} | {*self.norms.values()}
+        self.foreign = {  # modules that may be layers of kinds that are not known
+            name: m for name, m in modules.items() if not (m in known or isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
+        }
         self.mixing: set[str] = set()  # norms in which one channel's NaN reaches others
         self.nan_of_its_own = False  # whether it looks for NaN and finds some without our doing
         self.training_path = False
@@ -165,6 +169,7 @@ class Watch(TorchFunctionMode):
     """What is done to a forward pass and written down of it; this base does nothing, each kind of run its part."""
 
     marks = False  # whether units are NaN in this run
+    looks_at_parameters = False  # whether to be told of functions' arguments
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -204,8 +209,12 @@ class Watch(TorchFunctionMode):
     def decides(self, name: str) -> None:
         """NaN enters a comparison, a branch, or another call whose result cannot carry it on."""
 
-    def uses_parameter(self, name: str, arguments: Sequence[Any]) -> None:
-        """A function is called with a parameter among its arguments."""
+    def uses_parameters(self, name: str, arguments: Sequence[Any]) -> None:
+        """A function is called, perhaps with a parameter among its arguments."""
+
+    def mixes(self, event: int, what: str, x: Tensor, dim: int | None) -> Tensor:
+        """A softmax over ``dim``, or scores of attention (None) are made of ``x``; returns what to take instead."""
+        return x
 
     def finish(self, outputs: Any) -> None:
         """The forward pass is over."""
@@ -337,9 +346,9 @@ class Watch(TorchFunctionMode):
         self.decides(name)
         return func(*map_tensors(ones_for_nan, args), **map_tensors(ones_for_nan, kwargs))
 
-    def _before_call(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
-        if any(isinstance(argument, nn.Parameter) for argument in itertools.chain(args, kwargs.values())):
-            self.uses_parameter(name, [*args, *kwargs.values()])
+    def _before_call(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[Any]:
+        if self.looks_at_parameters:
+            self.uses_parameters(name, [*args, *kwargs.values()])
         kind = name.rstrip("_")
         if kind in _ACTIVATIONS and args:
             if kind == "hardtanh" and (args[1] if len(args) > 1 else kwargs.get("min_val", -1.0)) >= 0:
@@ -352,6 +361,16 @@ class Watch(TorchFunctionMode):
             return args
         elif (name in _PRODUCTS or kind == "mul") and len(args) == 2:
             return self._product(args)
+        elif name in _SOFTMAXES and args and isinstance(args[0], Tensor):
+            dim = args[1] if len(args) > 1 else kwargs.get("dim")
+            self._events += 1
+            return (self.mixes(self._events, "a softmax", args[0], dim if isinstance(dim, int) else -1), *args[1:])
+        elif name == "scaled_dot_product_attention":
+            args = (*args, *(kwargs.pop(key) for key in ("query", "key", "value")[len(args) :]))
+            self._events += 2
+            scores = "the scores of attention"
+            query = self.mixes(self._events - 1, scores, args[0], None)
+            return (query, self.mixes(self._events, scores, args[1], None), *args[2:])
         elif kind == "glu":
             dim = args[1] if len(args) > 1 else kwargs.get("dim", -1)
             value, gate = args[0].chunk(2, dim)

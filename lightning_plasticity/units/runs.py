@@ -4,28 +4,60 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_plasticity.units.channels import Layer, Site, clean, nan_channels, norm_dims, tensors_in
+from lightning_plasticity.units.channels import Layer, Site, clean, nan_channels, norm_dims, tensors_in, weights_of
 from lightning_plasticity.units.probing import LAYER_CALLS, Network, StopRun, Watch, describe
+
+T = TypeVar("T")
+
+_MATRIX_CALLS = LAYER_CALLS | frozenset(
+    (
+        *("matmul", "__matmul__", "__rmatmul__", "mm", "addmm", "bmm", "baddbmm", "einsum", "tensordot", "bilinear"),
+        *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "multi_head_attention_forward"),
+        *(f"{kind}{cell}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for cell in ("", "_cell")),
+    )
+)
+_CHANGES = frozenset(
+    ["mul", "__mul__", "__rmul__", "div", "__truediv__", "sub", "__sub__", "mean", "std", "var", "norm"]
+)
+
+
+def memory(x: Tensor) -> int:
+    """What two tensors have in common of which one is a view of the other."""
+    return int(x.untyped_storage()._cdata)
+
+
+def _by_memory(parameters: Iterable[tuple[nn.Parameter, T]]) -> dict[int, T]:
+    """What belongs to each parameter, by its memory; nothing for those that share theirs with others."""
+    found: dict[int, tuple[nn.Parameter, T]] = {}
+    shared = set()
+    for parameter, value in parameters:
+        if found.setdefault(memory(parameter), (parameter, value))[0] is not parameter:
+            shared.add(memory(parameter))
+    return {key: value for key, (_, value) in found.items() if key not in shared}
 
 
 class Survey(Watch):
     """A run without NaN: which layers are called, how often, in which order, and what their weights are used for."""
+
+    looks_at_parameters = True
 
     def __init__(self, network: Network) -> None:
         super().__init__(network)
         self.calls: Counter[str] = Counter()
         self.order: list[Layer] = []
         self.direct: set[str] = set()  # layers that hand their own parameter to torch's linear or convolution
-        self.elsewhere: dict[int, str] = {}  # parameter id -> the function outside its layer that used it
-        self._owner = {id(p): layer for layer in network.layers for p in layer.module.parameters(recurse=False)}
+        self.elsewhere: dict[Layer, str] = {}  # the function outside a layer that used its parameters
+        self.foreign: dict[str, str] = {}  # modules that are no such layers -> the function that used their weight
+        self._owner = _by_memory((p, layer) for layer in network.layers for p in layer.module.parameters(recurse=False))
+        self._foreign = _by_memory((p, name) for name, m in network.foreign.items() for p in weights_of(m))
         self.nan_outputs = False
 
     @override
@@ -36,15 +68,22 @@ class Survey(Watch):
         return x
 
     @override
-    def uses_parameter(self, name: str, arguments: Sequence[Any]) -> None:
-        for argument in arguments:
-            owner = self._owner.get(id(argument))
+    def uses_parameters(self, name: str, arguments: Sequence[Any]) -> None:
+        for argument in tensors_in(arguments):
+            foreign = self._foreign.get(memory(argument))
+            if foreign is not None and (name in _MATRIX_CALLS or self._changes_weight(name, foreign)):
+                self.foreign.setdefault(foreign, name)
+            owner = self._owner.get(memory(argument))
             if owner is None:
                 continue
             if not self._active or self._active[-1] is not owner:
-                self.elsewhere[id(argument)] = name
+                self.elsewhere[owner] = name
             elif name in LAYER_CALLS and arguments[1] is owner.module.weight:
                 self.direct.add(owner.name)
+
+    def _changes_weight(self, name: str, foreign: str) -> bool:
+        """Whether a module computes a weight for a layer call; one with parts may hold embeddings as well."""
+        return name in _CHANGES and next(self.network.foreign[foreign].children(), None) is None
 
     @override
     def finish(self, outputs: Any) -> None:
@@ -54,10 +93,12 @@ class Survey(Watch):
         """Writes the reasons why layers cannot be used into them."""
         for layer in self.network.layers:
             calls = self.calls[layer.name]
-            used_in = next((self.elsewhere[id(p)] for p in layer.module.parameters() if id(p) in self.elsewhere), None)
+            used_in = self.elsewhere.get(layer)
             if layer.reason is not None:
                 continue
-            if calls == 0:
+            if calls == 0 and used_in is not None:
+                layer.reason = f"it is not called: its parameters are used outside of it (by {used_in})"
+            elif calls == 0:
                 layer.reason = "it is not called in a forward pass"
             elif calls > 1:
                 layer.reason = f"it is called {calls} times in one forward pass"
@@ -97,6 +138,7 @@ class FindGates(_Marked):
     def __init__(self, network: Network, marked: Tensor) -> None:
         super().__init__(network, marked)
         self.gates: dict[int, Gate] = {}
+        self.mixtures: set[int] = set()  # the events at which all units are mixed
         self.activations: dict[int, tuple[str, int]] = {}
 
     @override
@@ -117,6 +159,17 @@ class FindGates(_Marked):
         same_size = dim is not None and value.ndim >= -dim and value.shape[dim] == gate.shape[dim]
         self.gates[event] = Gate(dim if same_size else None)
         return clean(gate)
+
+    @override
+    def mixes(self, event: int, what: str, x: Tensor, dim: int | None) -> Tensor:
+        nans = x.isnan()
+        if not bool(nans.any()):
+            return x
+        spreads = dim is None or bool((nans.any(dim) & (~nans).any(dim)).any())
+        if not (spreads or not bool(x.isfinite().any())):
+            return x
+        self.mixtures.add(event)
+        return clean(x)
 
 
 def _varying_dim(x: Tensor) -> int | None:
@@ -176,6 +229,10 @@ class ReadCodes(_Marked):
             self._record(Site("value", str(event)), nan_channels(value, dim))
         return clean(gate)
 
+    @override
+    def mixes(self, event: int, what: str, x: Tensor, dim: int | None) -> Tensor:
+        return clean(x) if event in self.found.mixtures else x
+
 
 class Proof(_Marked):
     """Only the members are NaN and only their own columns clean them: wherever else NaN arrives, it has escaped.
@@ -183,11 +240,10 @@ class Proof(_Marked):
     ``units`` gives for each channel of a site the number of the unit it belongs to, -1 for none.
     """
 
-    def __init__(
-        self, network: Network, members: Tensor, units: Mapping[Site, Tensor], gates: Mapping[int, Gate]
-    ) -> None:
+    def __init__(self, network: Network, members: Tensor, units: Mapping[Site, Tensor], found: FindGates) -> None:
         super().__init__(network, members)
-        self.units, self.gates = units, gates
+        self.units = units
+        self.gates, self.mixtures = found.gates, found.mixtures
         self.escape: str | None = None
         self.at: Layer | None = None  # the layer at whose inputs it was seen
         self.mixed = False  # all of that layer's inputs were NaN
@@ -222,6 +278,12 @@ class Proof(_Marked):
         if bool(gate.isnan().any()):
             self._escaped("a product with other units")
         return gate
+
+    @override
+    def mixes(self, event: int, what: str, x: Tensor, dim: int | None) -> Tensor:
+        if event in self.mixtures and bool(x.isnan().any()):
+            self._escaped(f"{what}, which mixes them")
+        return x
 
     @override
     def passes_norm(self, name: str, x: Tensor, nans: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_plasticity.units.channels import Layer, Site, tensors_in
 from lightning_plasticity.units.examining import ForwardError
 from lightning_plasticity.units.probing import Network, Watch, describe
-from lightning_plasticity.units.runs import FindGates, Gate, Noise, Proof, ReadCodes, Survey
+from lightning_plasticity.units.runs import FindGates, Noise, Proof, ReadCodes, Survey
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ class Wiring:
         self.layers = self._survey()
         self.count = sum(layer.size for layer in self.layers)
         self.units: dict[Site, Tensor] = {}
-        self.gates: Mapping[int, Gate] = {}
+        self.found = FindGates(network, torch.zeros(0, dtype=torch.bool))
         self.root = torch.arange(self.count)
         self.is_gate = torch.zeros(self.count, dtype=torch.bool)
         self.proven: list[Group] = []
@@ -91,6 +91,7 @@ class Wiring:
                 "finite, or name a part of the network with module=."
             )
         survey.mark()
+        self.foreign = survey.foreign
         layers = [layer for layer in survey.order if layer.reason is None]
         first = 0
         for layer in layers:
@@ -157,7 +158,7 @@ class Wiring:
         codes: dict[Site, Tensor] = {}
         for bit in range(int(words.max()).bit_length()):
             self.network.run(ReadCodes(self.network, (words >> bit & 1).bool(), bit, found, codes))
-        self.gates = found.gates
+        self.found = found
         self.units = {}
         sorted_words, order = words.sort()
         unusable = {Site("column", layer.name) for layer in self.network.layers if layer.reason is not None}
@@ -188,7 +189,7 @@ class Wiring:
                 )
                 for unit, feeds in zip(layer.numbers.tolist(), feeding, strict=True):
                     root[unit] = feeds if feeds >= 0 else unit
-        for event in sorted(event for event, gate in self.gates.items() if gate.dim is not None):
+        for event in sorted(event for event, gate in self.found.gates.items() if gate.dim is not None):
             gates, values = self.units[Site("gate", str(event))], self.units[Site("value", str(event))]
             for channel, (gate, value) in enumerate(zip(gates.tolist(), values.tolist(), strict=True)):
                 if gate < 0:
@@ -265,7 +266,7 @@ class Wiring:
 
     def escape(self, members: Tensor) -> Proof:
         """Runs the proof for the units of a mask."""
-        proof = Proof(self.network, members, self.units, self.gates)
+        proof = Proof(self.network, members, self.units, self.found)
         self.network.run(proof)
         return proof
 

@@ -1,0 +1,183 @@
+"""Layers that are not torch's linear and convolution layers: transposed, recurrent, home-made, attention."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_plasticity.units import explore
+from units.property_check import invalid
+from units.test_find import IMAGE, TOKENS, VECTOR, Function, by_name, modules, randomised
+
+
+class Conv1D(nn.Module):
+    """A linear layer whose weight has its outputs in the second dimension, as GPT-2's."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], -1)
+
+
+class HomeMade(nn.Module):
+    """A linear layer of somebody's own: ``use`` is what it does with its input and its weight."""
+
+    def __init__(self, use, inputs=6, outputs=8):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs))
+        self.use = use
+
+    def forward(self, x):
+        return self.use(x, self.weight)
+
+
+def lstm():
+    def forward(s, x):
+        return s.head(s.lstm(s.embed(x))[0])
+
+    return Function(forward, embed=nn.Linear(8, 8), lstm=nn.LSTM(8, 6, batch_first=True), head=nn.Linear(6, 2))
+
+
+def with_positions():
+    """A parameter that is added is no layer."""
+    model = Function(lambda s, x: s.b(F.relu(s.a(x + s.positions * s.scale))), a=nn.Linear(8, 8), b=nn.Linear(8, 2))
+    model.positions = nn.Parameter(torch.randn(1, 5, 8))
+    model.scale = nn.Parameter(torch.ones(1, 1, 8))
+    return model
+
+
+HOME_MADE = {
+    "linear": lambda x, w: F.linear(x, w),
+    "at T": lambda x, w: x @ w.T,
+    "at t()": lambda x, w: x @ w.t(),
+    "einsum": lambda x, w: torch.einsum("bi,oi->bo", x, w),
+    "scaled": lambda x, w: F.linear(x, w * 0.5),
+    "standardised": lambda x, w: F.linear(x, (w - w.mean()) / w.std()),
+}
+
+
+@pytest.mark.parametrize("use", HOME_MADE.values(), ids=HOME_MADE.keys())
+def test_home_made_layers_are_named(use):
+    model = nn.Sequential(HomeMade(use), nn.ReLU(), nn.Linear(8, 2))
+    assert "its type is HomeMade" in explore(model, VECTOR, {}).left_out["0"]
+    assert "its type is HomeMade" in explore(model, VECTOR, {}, explain=False).left_out["0"]
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs", "layer", "reason"),
+    [
+        (lstm, TOKENS, "lstm", "its type is LSTM"),
+        (lambda: nn.Sequential(Conv1D(6, 8), nn.ReLU(), nn.Linear(8, 2)), VECTOR, "0", "its type is Conv1D"),
+        (
+            lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.Conv2d(4, 2, 1)),
+            IMAGE,
+            "0",
+            "its type is ConvTranspose2d",
+        ),
+        (lambda: nn.TransformerEncoderLayer(8, 2, 16), TOKENS, "self_attn", "its type is MultiheadAttention"),
+        (lambda: nn.TransformerEncoderLayer(8, 2, 16), TOKENS, "self_attn.out_proj", "multi_head_attention_forward"),
+    ],
+)
+def test_layers_of_other_kinds_are_named(build, inputs, layer, reason):
+    assert reason in explore(randomised(build()), inputs, {}).left_out[layer]
+
+
+def test_what_is_no_layer_is_not_named():
+    assert explore(with_positions(), TOKENS, {}).left_out == {"b": "its units reach the network's output"}
+
+
+def test_a_weight_that_is_used_elsewhere_transposed_is_seen():
+    model = Function(lambda s, x: F.relu(s.b(F.relu(s.a(x)))) @ s.a.weight, a=nn.Linear(6, 8), b=nn.Linear(8, 8))
+    other = Function(lambda s, x: s.b(F.relu(s.a(x))) @ s.a.weight.T, a=nn.Linear(6, 8), b=nn.Linear(8, 6))
+    for network in (model, other):
+        found = explore(network, VECTOR, {})
+        assert found.units == []
+        assert "also used outside of it" in found.left_out["a"]
+
+
+# ---- attention
+
+
+def attention(scores_and_values, heads=2, width=8, key_heads=2):
+    """Self-attention with projections of its own; ``scores_and_values`` is what it does with query, key and value."""
+    size = width // heads
+
+    def forward(s, x):
+        x = s.norm(s.embed(x))
+        q, k, v = (project(x).unflatten(-1, (-1, size)).transpose(-2, -3) for project in (s.query, s.key, s.value))
+        k, v = (t.repeat_interleave(heads // key_heads, 1) for t in (k, v))
+        y = scores_and_values(q, k, v).transpose(-2, -3).flatten(-2)
+        return s.head(x + s.out(y))
+
+    return Function(
+        forward,
+        embed=nn.Linear(width, width), norm=nn.LayerNorm(width),
+        query=nn.Linear(width, width), key=nn.Linear(width, size * key_heads),
+        value=nn.Linear(width, size * key_heads), out=nn.Linear(width, width), head=nn.Linear(width, 2),
+    )  # fmt: skip
+
+
+def written_out(q, k, v):
+    return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1) @ v
+
+
+def causal(q, k, v):
+    scores = q @ k.transpose(-1, -2)
+    mask = torch.ones(scores.shape[-2:]).tril().bool()
+    return F.softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min), dim=-1) @ v
+
+
+ATTENTIONS = {
+    "written out": written_out,
+    "causal": causal,
+    "torch's": F.scaled_dot_product_attention,
+    "torch's, causal": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+    "torch's, by name": lambda q, k, v: F.scaled_dot_product_attention(query=q, key=k, value=v),
+}
+
+
+@pytest.mark.parametrize("key_heads", [1, 2])
+@pytest.mark.parametrize("attend", ATTENTIONS.values(), ids=ATTENTIONS.keys())
+def test_values_of_attention_are_units(attend, key_heads):
+    torch.manual_seed(0)
+    model = randomised(attention(attend, key_heads=key_heads))
+    found = explore(model, TOKENS, {})
+    assert {units.name for units in found.units} == {"value"}
+    (value,) = found.units
+    assert value.exact
+    assert modules(value.consumers) == ["out"]
+    assert len(value.consumers[0].entry) == 8
+    assert invalid(model, TOKENS, found.units) == []
+    for name in ("query", "key"):
+        assert "its units reach " in found.left_out[name]
+        assert found.left_out[name].endswith("which mixes them")
+
+
+def test_values_of_a_fused_projection():
+    def forward(s, x):
+        q, k, v = s.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+        return s.head(s.out(written_out(q, k, v).transpose(1, 2).flatten(2)))
+
+    model = Function(forward, qkv=nn.Linear(8, 24), out=nn.Linear(8, 6), head=nn.Linear(6, 2))
+    found = explore(randomised(model), TOKENS, {}).units
+    assert {units.name: units.size for units in found} == {"qkv": 8, "out": 6}
+    assert by_name(found)["qkv"].producers[0].entry.tolist() == list(range(16, 24))
+    assert invalid(model, TOKENS, found) == []
+
+
+def test_a_softmax_of_each_channel_by_itself_mixes_nothing():
+    """Attention over positions, with scores for each channel."""
+
+    def forward(s, x):
+        hidden = s.a(x)
+        return s.b((hidden.softmax(1)).sum(1))
+
+    model = randomised(Function(forward, a=nn.Linear(8, 6), b=nn.Linear(6, 2)))
+    found = explore(model, TOKENS, {}).units
+    assert {units.name for units in found} == {"a"}
+    assert invalid(model, TOKENS, found) == []
