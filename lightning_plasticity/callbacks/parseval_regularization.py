@@ -114,10 +114,10 @@ class ParsevalRegularization(PlasticityCallback):
     @override
     def _after_step(self, optimizer: Optimizer | None) -> None:
         for rate, weights in self._weights.trained_by(optimizer):
-            updates = [self._update(weight, rate * self.coefficient) for weight in weights]
-            self.editor.add(weights, updates)
+            values = self.editor.precise(weights)
+            self.editor.add(weights, [self._update(value, rate * self.coefficient) for value in values])
 
     def _update(self, weight: Tensor, rate: Tensor | float) -> Tensor:
         if self.reference_width is not None:
             rate = rate * (self.reference_width / len(weight)) ** 2
-        return parseval_update(weight.detach().flatten(1), rate, self.target).view_as(weight)
+        return parseval_update(weight.flatten(1), rate, self.target).view(weight.shape)

@@ -116,18 +116,16 @@ class SpectralRegularization(PlasticityCallback):
         assert optimizer is not None, "_start refuses a loop without optimizers"
         for group in optimizer.param_groups:
             rate = group["lr"] * self.coefficient
-            trained = [parameter for parameter in group["params"] if parameter.requires_grad]
-            changes = {p: self._weight_step(p, rate) for p in trained if p in self._left}
-            changes |= {p: vector_step(p - self._targets[p], rate, self.power) for p in trained if p in self._targets}
-            if changes:
-                self.editor.add(list(changes), list(changes.values()))
+            trained = [p for p in group["params"] if p.requires_grad and (p in self._left or p in self._targets)]
+            values = self.editor.precise(trained)
+            self.editor.add(trained, [self._step(*pair, rate) for pair in zip(trained, values, strict=True)])
 
-    def _weight_step(self, weight: Tensor, rate: Tensor | float) -> Tensor:
-        wide = weight.detach().flatten(1).to(self._left[weight].dtype)
-        sigma, left, right = power_iteration(wide, self._left[weight])
-        self._left[weight] = left
-        step = torch.outer(left, right) * spectral_step(sigma, rate, self.power)
-        return step.view(weight.shape).to(weight.dtype)
+    def _step(self, parameter: Tensor, value: Tensor, rate: Tensor | float) -> Tensor:
+        if parameter in self._targets:
+            return vector_step(value - self._targets[parameter], rate, self.power)
+        sigma, left, right = power_iteration(value.flatten(1), self._left[parameter])
+        self._left[parameter] = left
+        return (torch.outer(left, right) * spectral_step(sigma, rate, self.power)).view(value.shape)
 
     @override
     def _state(self) -> dict[str, Any]:

@@ -103,3 +103,19 @@ def test_what_cannot_work_is_refused():
         ParsevalRegularization().attach(
             only, torch.optim.SGD(only.parameters(), lr=0.1), example_inputs=(torch.ones(1, 6),)
         )
+
+
+def test_small_changes_count_in_half_precision():
+    def course(dtype: torch.dtype) -> float:
+        torch.manual_seed(0)
+        model = nn.Linear(8, 8, bias=False)
+        model.weight.data = (2 * torch.eye(8)).to(dtype)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        method = ParsevalRegularization(1e-4, reference_width=None, last_layer=True).attach(model, optimizer)
+        model.weight.grad = torch.zeros_like(model.weight)
+        for _ in range(300):
+            optimizer.step()
+            method.step()
+        return model.weight.detach().float().norm().item()
+
+    assert course(torch.bfloat16) == pytest.approx(course(torch.float32), rel=2e-3)

@@ -110,3 +110,13 @@ def test_what_cannot_work_is_refused():
     method = SpectralRegularization().attach(model, optimizer)
     with pytest.raises(ValueError, match=r"only one of the two has \['4.weight'\]"):
         method.load_state_dict(state)
+
+
+def test_small_changes_count_in_half_precision():
+    def course(dtype: torch.dtype) -> list[float]:
+        model = nn.Linear(1, 1)
+        model.weight.data, model.bias.data = torch.full((1, 1), 2.0, dtype=dtype), torch.full((1,), 2.0, dtype=dtype)
+        at_rest(model, 1e-4, 300)
+        return [model.weight.item(), model.bias.item()]
+
+    assert course(torch.bfloat16) == pytest.approx(course(torch.float32), rel=4e-3)
