@@ -84,7 +84,15 @@ CALLBACKS: dict[str, dict[str, str]] = {
         "exact": "flag",
         "fused": "fused?",
     },
-    "L2Init": {**COMMON, "coefficient": "from 0", "exclude": "words"},
+    "L2Init": {
+        **COMMON,
+        "coefficient": "from 0",
+        "match": "choice",
+        "decoupled": "flag",
+        "norms": "flag",
+        "every_n_train_steps": "count from 1",
+        "exclude": "words",
+    },
     "LayerReset": {**COMMON, **STEPS, "layers": "layers", "on_fit_start": "flag", "init": "init"},
     "OptimizerReset": {**COMMON, **BOUNDARY, "what": "choice", "exclude": "words"},
     "ParsevalRegularization": {

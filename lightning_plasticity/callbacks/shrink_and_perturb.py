@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_plasticity import checks
 from lightning_plasticity.editing.editable import check_editable
 from lightning_plasticity.editing.edits import OptimizerState
-from lightning_plasticity.editing.initial import Init, InitialDistribution, check_init
+from lightning_plasticity.editing.initial import Init, InitialDistribution, InitName
 from lightning_plasticity.engine.schedule import Schedule, ScheduledCallback
 from lightning_plasticity.functional.shrink_and_perturb import shrink_and_perturb
 
@@ -22,12 +22,22 @@ class ShrinkAndPerturb(ScheduledCallback):
 
     .. math:: W \leftarrow s \, W + p \, W_\text{new}
 
-    with :math:`W_\text{new}` a new draw from the initial distribution. The form with one parameter is ``shrink=1 - l,
-    perturb=l``, the soft form ``every_n_train_steps=1`` with a small ``l``. All trained parameters count, those of
+    with :math:`W_\text{new}` a new draw from the initial distribution. All trained parameters count, those of
     normalisation layers and biases as well; running statistics stay, and follow by themselves. Of several optimizers
     each one's steps count for the parameters that it trains. Where parameters are in half precision and
     ``every_n_train_steps`` is given, what rounding takes away from small changes is kept in float32, and saved in the
     checkpoint.
+
+    Several methods go by this name:
+
+    - The authors', at a boundary: their code has ``ShrinkAndPerturb(0.4, 0.1, init="reset_parameters")``.
+    - With one parameter :math:`l`: ``shrink=1 - l, perturb=l``; the soft form is that with a small :math:`l` and
+      ``every_n_train_steps=1``.
+    - Dohare et al.'s, L2 regularisation and noise of standard deviation :math:`\sigma` on all weights at every step:
+      weight decay in the optimizer and ``ShrinkAndPerturb(1.0, 1.0, every_n_train_steps=1, init=noise,
+      optimizer_state="keep")``, with ``noise = functools.partial(torch.nn.init.normal_, std=sigma)``.
+    - A blend with the saved start of the very same weights, as in FIRE and Hare & Tortoise: ``init="start"``, for
+      instance with 0.2 and 0.8.
 
     Args:
         shrink: :math:`s`.
@@ -37,8 +47,9 @@ class ShrinkAndPerturb(ScheduledCallback):
         on_fit_start: act once when a fit starts, if it does not go on from a checkpoint in which that was done.
         init: the initial distribution: ``"empirical"``, a normal one with the mean and standard deviation that each
             parameter had when the method was first attached; ``"reset_parameters"``, what the modules themselves draw,
-            which is needed where the method first meets a model that is trained already; or a function, see
-            :class:`~lightning_plasticity.editing.initial.InitialDistribution`.
+            which is needed where the method first meets a model that is trained already; ``"start"``, the very values
+            that each parameter had when the method was first attached, of which a copy is kept and saved in the
+            checkpoint; or a function, see :class:`~lightning_plasticity.editing.initial.InitialDistribution`.
         module: the name of the module inside the model to work on; None for all of it.
         exclude: patterns (as in ``fnmatch``) of names of parameters to leave alone.
         optimizer_state: ``"reset"``: the optimizer begins anew with what is written, its counts of steps too;
@@ -67,7 +78,7 @@ class ShrinkAndPerturb(ScheduledCallback):
         every_n_epochs: int | None = None,
         every_n_train_steps: int | None = None,
         on_fit_start: bool = False,
-        init: Init = "empirical",
+        init: Init | Literal["start"] = "empirical",
         module: str | None = None,
         exclude: Sequence[str] | str = (),
         optimizer_state: OptimizerState | None = None,
@@ -80,7 +91,8 @@ class ShrinkAndPerturb(ScheduledCallback):
         super().__init__(schedule, module=module, optimizer_state=optimizer_state, seed=seed)
         self.shrink = checks.number("shrink", shrink, least=0)
         self.perturb = checks.number("perturb", perturb, least=0)
-        self.init = check_init(init)
+        known = (*get_args(InitName), "start")
+        self.init = init if callable(init) else checks.choice("init", init, known, other="a function or ")
         self.exclude = checks.words("exclude", exclude)
 
     @override
@@ -99,7 +111,10 @@ class ShrinkAndPerturb(ScheduledCallback):
             )
         for name in self._names:
             check_editable(self.model.get_parameter(name), name)
-        self._initial = InitialDistribution(self.model, self._names, self.init)
+        starts = self._names if self.init == "start" else ()
+        self._starts = {name: self.model.get_parameter(name).detach().clone() for name in starts}
+        drawn = self._names if self.init != "start" else ()
+        self._initial = InitialDistribution(self.model, drawn, "empirical" if self.init == "start" else self.init)
 
     @override
     def _act(self) -> None:
@@ -107,7 +122,7 @@ class ShrinkAndPerturb(ScheduledCallback):
         trained = [name for name in self._names if id(self.model.get_parameter(name)) in due]
         parameters: list[nn.Parameter] = [self.model.get_parameter(name) for name in trained]
         fresh = [
-            self._initial.draw(name, self.draws.generator(p.device))
+            self._starts[name] if self._starts else self._initial.draw(name, self.draws.generator(p.device))
             for name, p in zip(trained, parameters, strict=True)
         ]
         if parameters:  # or all belong to an optimizer that has not stepped
@@ -118,9 +133,17 @@ class ShrinkAndPerturb(ScheduledCallback):
 
     @override
     def _state(self) -> dict[str, Any]:
-        return super()._state() | {"initial": self._initial.state_dict()}
+        starts = {name: start.clone() for name, start in self._starts.items()}
+        return super()._state() | {"initial": self._initial.state_dict(), "starts": starts}
 
     @override
     def _restore(self, state: dict[str, Any]) -> None:
         super()._restore(state)
         self._initial.load_state_dict(state["initial"])
+        starts: dict[str, Tensor] = state.get("starts", {})  # which older checkpoints lack
+        if starts.keys() != self._starts.keys():
+            raise ValueError(
+                "ShrinkAndPerturb must resume with the parameters of its checkpoint, but only one of the two kept the "
+                f"start of {sorted(starts.keys() ^ self._starts.keys())}. Resume with the run's model and settings."
+            )
+        self._starts = {name: start.to(self._starts[name], copy=True) for name, start in starts.items()}

@@ -21,3 +21,20 @@ def l2_init_update(values: Sequence[Tensor], initial: Sequence[Tensor], rate: Te
     update = list(torch._foreach_sub(list(values), list(initial)))
     torch._foreach_mul_(update, -rate)
     return update
+
+
+def at_the_same_rank(values: Tensor, ordered: Tensor) -> Tensor:
+    """For each value the number that has the same place in ``ordered`` as the value has among all.
+
+    Of equal values the one that comes first counts as smaller.
+
+    Args:
+        values: in any order.
+        ordered: as many numbers, from the smallest to the largest.
+
+    Example:
+        >>> at_the_same_rank(torch.tensor([[5.0, -1.0, 2.0]]), torch.tensor([10.0, 20.0, 30.0]))
+        tensor([[30., 10., 20.]])
+    """
+    order = values.flatten().argsort(stable=True)
+    return torch.empty_like(ordered).scatter_(0, order, ordered).view(values.shape)

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -135,3 +137,38 @@ def test_what_cannot_work_is_refused():
         ShrinkAndPerturb(perturb=-0.1, every_n_epochs=1)
     with pytest.raises(ValueError, match="ShrinkAndPerturb needs parameters to work on"):
         ShrinkAndPerturb(every_n_train_steps=1, exclude="*").attach(network())
+
+
+def test_a_blend_with_the_saved_start():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    starts = [p.detach().clone() for p in model.parameters()]
+    method = ShrinkAndPerturb(0.2, 0.8, every_n_train_steps=3, init="start").attach(model, optimizer)
+    for _ in range(2):
+        step(model, optimizer, method)
+    state = method.state_dict()
+    method.detach()
+    resumed = ShrinkAndPerturb(0.2, 0.8, every_n_train_steps=3, init="start")
+    other = ShrinkAndPerturb(every_n_train_steps=3, init="start", exclude="0.weight")
+    other.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"only one of the two kept the start of \['0.weight'\]"):
+        other.attach(model, optimizer)
+    resumed.load_state_dict(state)
+    resumed.attach(model, optimizer)  # weights that have moved on are not the start
+    optimizer.zero_grad()
+    model(torch.randn(8, 40)).square().sum().backward()
+    optimizer.step()
+    before = [p.detach().clone() for p in model.parameters()]
+    resumed.step()
+    for parameter, old, start in zip(model.parameters(), before, starts, strict=True):
+        torch.testing.assert_close(parameter.detach(), 0.2 * old + 0.8 * start)
+
+
+def test_noise_on_all_weights_at_every_step():
+    """Dohare et al.'s form, beside weight decay in the optimizer."""
+    torch.manual_seed(0)
+    model = nn.Linear(100, 100)
+    before = model.weight.detach().clone()
+    noise = partial(nn.init.normal_, std=0.01)
+    ShrinkAndPerturb(1.0, 1.0, every_n_train_steps=1, init=noise, optimizer_state="keep").attach(model).step()
+    assert (model.weight.detach() - before).std().item() == pytest.approx(0.01, rel=0.05)

@@ -64,7 +64,22 @@ CASES = [
         partial(ShrinkAndPerturb, shrink=0.8, perturb=0.2, every_n_train_steps=4),
         rate_zero=partial(ShrinkAndPerturb, shrink=1.0, perturb=0.0, every_n_train_steps=4, optimizer_state="keep"),
     ),
+    Case(
+        "ShrinkAndPerturb to the start",
+        partial(ShrinkAndPerturb, shrink=0.8, perturb=0.2, init="start", every_n_train_steps=4),
+        rate_zero=partial(ShrinkAndPerturb, 1.0, 0.0, init="start", every_n_train_steps=4, optimizer_state="keep"),
+    ),
     Case("L2Init", partial(L2Init, coefficient=0.1), rate_zero=partial(L2Init, coefficient=0.0)),
+    Case(
+        "L2Init sorted",
+        partial(L2Init, coefficient=0.1, match="sorted", every_n_train_steps=2),
+        rate_zero=partial(L2Init, coefficient=0.0, match="sorted"),
+    ),
+    Case(
+        "L2Init in the loss",
+        partial(L2Init, coefficient=0.1, decoupled=False, norms=False),
+        rate_zero=partial(L2Init, coefficient=0.0, decoupled=False),
+    ),
     Case(
         "LayerReset",
         partial(LayerReset, layers=1, every_n_train_steps=4),
