@@ -26,6 +26,7 @@ from lightning_plasticity.layers.flow import INPUT, CalledLayer, Flow, trace
 from lightning_plasticity.layers.rescaling import Rescaling, change_of_outputs, plan
 from lightning_plasticity.units.channels import tensors_in
 
+_LARGE = 0.01  # a change of the outputs, as a share of their size, that a step should not bring about by itself
 _FEW = 100  # factors and their products; far more are better worked out together
 
 
@@ -55,8 +56,9 @@ class SoftWeightRescaling(PlasticityCallback):
     which counts as a layer, so that the network's outputs are multiplied by one positive number and its decisions stay.
     Running statistics follow, and this holds in training and in evaluation mode. It is exact, up to the norms' epsilon,
     for feed-forward networks between whose layers a factor passes (ReLU, pooling, dropout, reshaping), and not for
-    others (attention, GELU, tanh, residual branches): those are rescaled all the same, and a warning says how much that
-    changes. To tell, and to see the order of layers, the first batch runs five more times.
+    others (attention, GELU, tanh, residual branches): those are rescaled all the same. Where ``coefficient`` is large
+    enough for a single step to move the outputs by more than 1 % of their size, a warning says by how much.
+    To tell, and to see the order of layers, the first batch runs five more times.
 
     Where weights are in half precision, what rounding takes away from the small changes is kept in float32, and saved
     in the checkpoint.
@@ -147,27 +149,17 @@ class SoftWeightRescaling(PlasticityCallback):
         rescaling = plan(flow, lambda name: self._is_excluded(call.prefix + name), tie_streams=self.tie_residual)
         if not rescaling.weights:
             return
-        precision = 16 * max(torch.finfo(weight.dtype).eps for weight in rescaling.weights.values())
-        changes, failure = [], None
-        # In training a batch's own statistics magnify rounding. Batch norm refuses one example there, and evaluation
-        # may want other inputs: what fails in one of the two is judged by the other.
-        for training, tolerance in ((True, 1e-2), (False, 1e-4)):
-            try:
-                change = change_of_outputs(call.module, call.args, call.kwargs, rescaling, training)
-            except Exception as error:
-                failure = error
-            else:
-                changes.append((change, change <= max(tolerance, precision)))
-        if not changes:
+        try:
+            change = change_of_outputs(call.module, call.args, call.kwargs, rescaling)
+        except Exception as error:
+            self._warn(f"cannot tell whether this network's outputs stay proportional, for running it gives {error!r}")
+            return
+        if self.coefficient * change > _LARGE:
             self._warn(
-                f"cannot tell whether this network's outputs stay proportional, for running it gives {failure!r}"
-            )
-        elif not all(is_proportional for _, is_proportional in changes):
-            self._warn(
-                "cannot keep this network's outputs proportional: when the norms of its layers have changed by up to "
-                f"10 %, rescaling moves the outputs on the first batch by {max(changes)[0]:.2g} of their size. "
-                + ("" if self.tie_residual else "Where layers meet in residual branches, tie_residual=True may help. ")
-                + "It is applied all the same."
+                "cannot keep this network's outputs proportional: once the norms of its layers have changed by up to "
+                f"10 %, each step moves the outputs by {self.coefficient * change:.2g} of their size, and it is made "
+                f"all the same. A coefficient of {_LARGE / change:.2g} instead of {self.coefficient:g} moves them by "
+                f"{_LARGE}." + ("" if self.tie_residual else " Where branches are added, tie_residual=True may help.")
             )
 
     def _warn(self, what: str) -> None:

@@ -6,11 +6,12 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_plasticity import checks
 from lightning_plasticity.examining import examining
+from lightning_plasticity.functional.substitution import call_with
 from lightning_plasticity.functional.weights import check_whole, dense, joint_norm, norm, whole
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -149,7 +150,7 @@ def per_sample_gradients(
         parameters = {name: p.detach() for name, p in trainable_parameters(model).items()}
 
         def loss_of_one(parameters: dict[str, Tensor], one_input: Tensor, one_target: Tensor) -> Tensor:
-            output = functional_call(model, parameters, (one_input.unsqueeze(0),))
+            output = call_with(model, parameters, (one_input.unsqueeze(0),))
             return check_loss(loss_fn(output, one_target.unsqueeze(0)))
 
         per_sample = vmap(grad(loss_of_one), in_dims=(None, 0, 0), chunk_size=chunk_size)

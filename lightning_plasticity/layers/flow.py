@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
+from lightning_plasticity.functional.substitution import call_with
 from lightning_plasticity.units.channels import is_norm, tensors_in
 from lightning_plasticity.units.names import named_modules_as_written
 from lightning_plasticity.units.probing import undisturbed
@@ -99,7 +100,7 @@ def run_with(
     with undisturbed(model), _quietly(), torch.autocast(parameter.device.type, enabled=False):
         torch.manual_seed(0)
         given = tree_map_only(Tensor, cast, (tuple(args), dict(kwargs)))
-        return list(tensors_in(torch.func.functional_call(model.train(training), dict(tensors), *given)))
+        return list(tensors_in(call_with(model.train(training), tensors, *given)))
 
 
 @contextmanager

@@ -75,6 +75,22 @@ def test_attention_is_differentiated_per_sample():
     torch.testing.assert_close(fast, by_loop(model, x, y), rtol=1e-9, atol=1e-11)
 
 
+def test_a_module_with_two_names_and_a_shared_weight_count_once_and_stay_what_they_are():
+    torch.manual_seed(0)
+    shared, other = nn.Linear(5, 5), nn.Linear(5, 5)
+    other.weight = shared.weight
+    model, x, y = (
+        nn.Sequential(shared, nn.Tanh(), other, nn.Tanh(), shared).double(),
+        torch.randn(6, 5).double(),
+        torch.arange(6) % 5,
+    )
+    own = dict(model.named_parameters())
+    fast = per_sample_gradients(model, cross_entropy, x, y)
+    assert all(parameter is own[name] for name, parameter in model.named_parameters())
+    assert fast.shape == (6, 25 + 5 + 5)
+    torch.testing.assert_close(fast, by_loop(model, x, y), rtol=1e-9, atol=1e-11)
+
+
 def test_frozen_parameters_are_left_out():
     model, (x, y) = convolutional(), images(3)
     model[0].requires_grad_(False)
