@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from lightning_plasticity.callbacks import (
     ActivationReset,
     ContinualBackprop,
+    HareAndTortoise,
     IsometryReinit,
     L2Init,
     LayerReset,
@@ -30,6 +31,7 @@ __all__ = [
     "ActivationReset",
     "ActivationStrategy",
     "ContinualBackprop",
+    "HareAndTortoise",
     "HiddenUnits",
     "IsometryReinit",
     "L2Init",

@@ -77,6 +77,7 @@ CALLBACKS: dict[str, dict[str, str]] = {
         "init": "init",
         "compensate_bias": "flag",
     },
+    "HareAndTortoise": {**COMMON, **STEPS, "decay": "from 0 below 1", "evaluate": "choice"},
     "IsometryReinit": {
         **LAYERS,
         **BOUNDARY,
@@ -214,7 +215,7 @@ def scheduled(name: str) -> Callable[..., Any]:
     make = getattr(callbacks, name)
 
     def made(**settings: Any) -> Any:
-        needs = "on_fit_start" in CALLBACKS[name] and not {*STEPS} & {*settings}
+        needs = ("on_fit_start" in CALLBACKS[name] or name == "HareAndTortoise") and not {*STEPS} & {*settings}
         return make(**settings, **({"every_n_train_steps": 5} if needs else {}))
 
     return made

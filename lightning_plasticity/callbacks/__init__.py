@@ -2,6 +2,7 @@
 
 from lightning_plasticity.callbacks.activation_reset import ActivationReset
 from lightning_plasticity.callbacks.continual_backprop import ContinualBackprop
+from lightning_plasticity.callbacks.hare_and_tortoise import HareAndTortoise
 from lightning_plasticity.callbacks.isometry_reinit import IsometryReinit
 from lightning_plasticity.callbacks.l2_init import L2Init
 from lightning_plasticity.callbacks.layer_reset import LayerReset
@@ -18,6 +19,7 @@ from lightning_plasticity.callbacks.weight_clipping import WeightClipping
 __all__ = [
     "ActivationReset",
     "ContinualBackprop",
+    "HareAndTortoise",
     "IsometryReinit",
     "L2Init",
     "LayerReset",

@@ -6,6 +6,7 @@ from functools import partial
 
 from contract.minimal_method import NoisyUnits
 from lightning_plasticity import (
+    HareAndTortoise,
     IsometryReinit,
     L2Init,
     LayerReset,
@@ -104,6 +105,11 @@ CASES = [
         "SelectiveReinit by gradient",
         partial(SelectiveReinit, 0.2, "init", utility="gradient", decay_rate=0.9, every_n_train_steps=4),
         rate_zero=partial(SelectiveReinit, 0.0, "init", utility="gradient", decay_rate=0.9, every_n_train_steps=4),
+    ),
+    Case(
+        "HareAndTortoise",
+        partial(HareAndTortoise, 0.9, every_n_train_steps=4),
+        rate_zero=partial(HareAndTortoise, every_n_train_steps=10_000),
     ),
     Case(
         "IsometryReinit",
