@@ -263,7 +263,10 @@ class SelectiveReinit(ScheduledCallback):
     @override
     def _act(self) -> None:
         due = self._due()
-        judged = {name: w for name, w in self._weights.items() if id(w) in due and self._is_judged(name, w)}
+        own = {name: weight for name, weight in self._weights.items() if id(weight) in due}
+        if not own and self._stepped_last is not None:
+            return  # it was the step of an optimizer that trains biases, or embeddings
+        judged = {name: weight for name, weight in own.items() if self._is_judged(name, weight)}
         if not judged:
             raise RuntimeError(
                 f"{type(self).__name__} needs weights that are trained and, with utility='gradient', have a gradient, "
