@@ -3,12 +3,16 @@
 In one process everything is local.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 # DTensor (FSDP2, tensor parallelism), FSDP with flat and with original parameters, and DeepSpeed stage 3.
 _MARKS_OF_SHARDING = ("device_mesh", "_is_flat_param", "_fsdp_flattened", "ds_id")
@@ -87,6 +91,79 @@ def share_of_this_rank(gathered: Tensor) -> Tensor:
     if len(gathered) != world_size():
         return gathered.mean(0)
     return gathered[dist.get_rank() if world_size() > 1 else 0].clone()
+
+
+def any_rank_has(flag: bool, device: torch.device | str) -> bool:
+    """Whether the flag is set on any rank; all ranks must call this.
+
+    Example:
+        >>> any_rank_has(True, "cpu")
+        True
+    """
+    if world_size() == 1:
+        return flag
+    message = torch.tensor(int(flag), device=device)
+    dist.all_reduce(message, op=dist.ReduceOp.MAX)
+    return bool(message)
+
+
+def all_ranks_have(value: Any, device: torch.device | str) -> bool:
+    """Whether a value is the same on every rank, told by a number of it; all ranks must call this.
+
+    Args:
+        value: plain data: numbers, text, tensors, and records, lists, sets and dicts of them.
+        device: a device that the process group's backend serves.
+
+    Example:
+        >>> all_ranks_have({"a": [1, 2.0, torch.ones(2)]}, "cpu")
+        True
+    """
+    if world_size() == 1:
+        return True
+    digest = hashlib.sha256()
+    for piece in _pieces(value):
+        digest.update(piece)
+    number = int.from_bytes(digest.digest()[:7], "big")  # no more than a signed integer holds
+    message = torch.tensor([number, -number], device=device)
+    dist.all_reduce(message, op=dist.ReduceOp.MAX)
+    largest, smallest = message.tolist()
+    return bool(largest == -smallest)
+
+
+def _pieces(value: Any) -> Iterator[bytes]:
+    """A value as bytes, which tell it from others."""
+    yield type(value).__name__.encode()
+    if isinstance(value, Tensor):
+        yield str((value.dtype, tuple(value.shape))).encode()
+        yield value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from _pieces(getattr(value, field.name))
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _pieces((key, item))
+    elif isinstance(value, (set, frozenset)):
+        yield from _pieces(sorted(value))
+    elif isinstance(value, (list, tuple)):
+        yield str(len(value)).encode()
+        for item in value:
+            yield from _pieces(item)
+    else:
+        yield repr(value).encode()
+
+
+def gather_objects(value: T) -> list[T]:
+    """What each rank has, in the order of ranks; all ranks must call this.
+
+    Example:
+        >>> gather_objects("a")
+        ['a']
+    """
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def agree_on_seed(seed: int | None, device: torch.device | str) -> int:

@@ -1,6 +1,7 @@
 """Wrong settings: every constructor and function refuses them with an error that names the argument."""
 
 import inspect
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -30,7 +31,7 @@ WRONG: dict[str, list[Any]] = {
     "flag": [None, "yes", 1, 0, 1.0, [], torch.tensor(True), np.ones(2)],
     "choice": ["no such word", 1.5, 0, b"relu", [], object(), torch.ones(2), np.ones(2), NAN],
     "init": ["no such word", 1.5, None, [], torch.ones(2), NAN],
-    "zero_biases": ["no such word", 1.5, 1, 0, torch.tensor(True), np.ones(2)],
+    "zero_biases": ["no such word", 1.5, 1, 0, None, torch.tensor(True), np.ones(2)],
     "reduce": ["no such word", 1.5, 0, False, [], torch.ones(2)],
     "words": [None, 1, 1.5, "", [""], [1], ["a", None], {"a": 1}, b"a", torch.ones(2), object()],
     "name": ["", 1, 1.5, ["a"], b"a", True, torch.ones(2)],
@@ -129,8 +130,7 @@ CALLBACKS: dict[str, dict[str, str]] = {
         "decay_rate": "from 0 below 1",
         "threshold": "from 0?",
         "relative_threshold": "from 0?",
-        "zero_biases": "zero_biases?",
-        "forget": "choice",
+        "zero_biases": "zero_biases",
         "include": "words",
         "exclude": "words",
     },
@@ -247,7 +247,7 @@ TABLE: list[tuple[str, Callable[..., Any], str, str]] = [
 
 def cases() -> list[Any]:
     return [
-        pytest.param(make, argument, value, id=f"{name}({argument}={checks.shown(value)})")
+        pytest.param(make, argument, value, id=re.sub(r" at 0x\w+", "", f"{name}({argument}={checks.shown(value)})"))
         for name, make, argument, kind in TABLE
         if kind
         for value in WRONG[kind.removesuffix("?")]

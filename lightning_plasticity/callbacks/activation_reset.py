@@ -7,15 +7,14 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_plasticity import checks
-from lightning_plasticity.distributed import gather_over_ranks, share_of_this_rank, sum_over_ranks, world_size
+from lightning_plasticity.distributed import sum_over_ranks, world_size
 from lightning_plasticity.editing.edits import OptimizerState
-from lightning_plasticity.engine.base import ForwardCall, PlasticityCallback, whole_and_rest
-from lightning_plasticity.engine.maturity import Ages, Maturity
-from lightning_plasticity.engine.population import Population, average_in
+from lightning_plasticity.engine.base import whole_and_rest
+from lightning_plasticity.engine.population import average_in
+from lightning_plasticity.engine.unit_callback import UnitCallback
 from lightning_plasticity.engine.unit_sets import UnitSet
 from lightning_plasticity.functional.activation_reset import RELU, TANH, ActivationStrategy, strategy_for
 from lightning_plasticity.functional.continual_backprop import bias_corrected, least
@@ -24,7 +23,7 @@ from lightning_plasticity.units.find import HiddenUnits
 Strategy: TypeAlias = Literal["auto", "relu", "tanh"] | ActivationStrategy
 
 
-class ActivationReset(PlasticityCallback):
+class ActivationReset(UnitCallback):
     r"""Activation-adapted reset: scales the incoming weights and biases of units with extreme mean activation.
 
     For each unit an exponential average :math:`u` of its signed mean activation is kept, :math:`\hat u = u / (1 -
@@ -69,6 +68,8 @@ class ActivationReset(PlasticityCallback):
         Purice, thesis at TU Delft, 2025.
     """
 
+    per_unit = ("utility",)
+
     def __init__(
         self,
         strategy: Strategy | Mapping[str, Strategy] = "auto",
@@ -82,7 +83,15 @@ class ActivationReset(PlasticityCallback):
         optimizer_state: OptimizerState = "reset",
         seed: int | None = None,
     ) -> None:
-        super().__init__(module=module, optimizer_state=optimizer_state, seed=seed, needs_example=units is None)
+        super().__init__(
+            units=units,
+            exclude=exclude,
+            maturity_threshold=maturity_threshold,
+            reads_sizes=False,
+            module=module,
+            optimizer_state=optimizer_state,
+            seed=seed,
+        )
         if isinstance(strategy, Mapping):
             checks.words("strategy", strategy.keys())
         for one in strategy.values() if isinstance(strategy, Mapping) else (strategy,):
@@ -90,28 +99,21 @@ class ActivationReset(PlasticityCallback):
                 checks.choice("strategy", one, ("auto", "relu", "tanh"), other="an ActivationStrategy or ")
         self.strategy = strategy
         self.decay_rate = checks.number("decay_rate", decay_rate, least=0, below=1)
-        self.maturity_threshold = checks.count("maturity_threshold", maturity_threshold)
         self.max_weight = checks.optional(checks.number, "max_weight", max_weight, above=0)
         self.scaled_low = 0
         self.scaled_high = 0
-        self._population = Population(self, units, exclude, reads_sizes=False)
 
     @override
-    def _examine(self, call: ForwardCall) -> None:
-        self._population.examine(call)
-
-    @override
-    def _start(self) -> None:
-        population = self._population
-        population.settle()
-        self._strategies = self._choose_strategies(population.sets)
-        self._utility = population.zeros(population.size)
-        self._maturity = Maturity([s.units.size for s in population.sets], self.maturity_threshold)
-        self._ages = Ages([s.span for s in population.sets], self._maturity, population.device)
-        self._clamped: dict[tuple[int, ...], list[Tensor]] = {}
-        self._earned_low = [0.0] * len(population.sets)
-        self._earned_high = [0.0] * len(population.sets)
+    def _reset(self) -> None:
+        self._strategies: list[ActivationStrategy] = []
+        self._earned: list[tuple[float, float]] = []  # resets of low and of high activations
         self.scaled_low = self.scaled_high = 0
+
+    @override
+    def _add_sets(self, sets: Sequence[UnitSet]) -> None:
+        self._strategies = self._choose_strategies(self._population.sets)
+        self._earned += [(0.0, 0.0)] * len(sets)
+        self._clamped: dict[tuple[int, ...], list[Tensor]] = {}
 
     def _choose_strategies(self, sets: Sequence[UnitSet]) -> list[ActivationStrategy]:
         by_name = self.strategy if isinstance(self.strategy, Mapping) else {"*": self.strategy}
@@ -132,43 +134,38 @@ class ActivationReset(PlasticityCallback):
         return strategies
 
     @override
-    def _stop(self) -> None:
-        self._population.clear()
+    def _earn(self, index: int, eligible: int) -> tuple[int, int] | None:
+        strategy = self._strategies[index]
+        earned_low, earned_high = self._earned[index]
+        low, earned_low = self._take(index, earned_low + strategy.low_rate * eligible)
+        high, earned_high = self._take(index, earned_high + strategy.high_rate * (eligible - low))
+        self._earned[index] = earned_low, earned_high
+        return (low, high) if low or high else None
+
+    def _take(self, index: int, earned: float) -> tuple[int, float]:
+        """How many resets of a set are due, and what it has earned besides."""
+        if earned < 1:
+            return 0, earned
+        count, rest = whole_and_rest(earned)
+        count = min(count, self._maturity.eligible(index))
+        self._maturity.replaced(index, count)
+        return count, rest
 
     @override
-    def _after_step(self, optimizer: Optimizer | None) -> None:
+    def _measure(self, sets: Sequence[int]) -> None:
         population = self._population
-        trained = population.trained_by(optimizer)
-        heard = population.heard(trained)
-        if heard:
-            activation = population.mean_over_consumers(population.take_means(heard)[0], heard)
-            average_in(self._utility, population.places(heard)[0], activation, 1 - self.decay_rate)
-        due = {}
-        for i in trained:
-            eligible, strategy, low, high = self._maturity.advance(i), self._strategies[i], 0, 0
-            self._earned_low[i] += strategy.low_rate * eligible
-            if self._earned_low[i] >= 1:
-                low = self._take(self._earned_low, i)
-            self._earned_high[i] += strategy.high_rate * (eligible - low)
-            if self._earned_high[i] >= 1:
-                high = self._take(self._earned_high, i)
-            if low or high:
-                due[i] = (low, high)
-        if due:
-            self._scale(due)
+        activation = population.mean_over_consumers(population.take_means(sets)[0], sets)
+        average_in(self._averages["utility"], population.places(sets)[0], activation, 1 - self.decay_rate)
+
+    @override
+    def _finish(self, sets: Sequence[int]) -> None:
         if self.max_weight is not None:
-            self.editor.clamp(self._incoming(trained), self.max_weight)
+            self.editor.clamp(self._incoming(sets), self.max_weight)
 
-    def _take(self, earned: list[float], i: int) -> int:
-        """How many resets of a set are due, out of what it has earned."""
-        count, earned[i] = whole_and_rest(earned[i])
-        count = min(count, self._maturity.eligible(i))
-        self._maturity.replaced(i, count)
-        return count
-
-    def _scale(self, due: Mapping[int, tuple[int, int]]) -> None:
+    @override
+    def _act(self, due: Mapping[int, tuple[int, int]]) -> None:
         sets = self._population.sets
-        totals = sum_over_ranks([self._utility[sets[i].span] for i in due])
+        totals = sum_over_ranks([self._averages["utility"][sets[i].span] for i in due])
         for (i, (low, high)), total in zip(due.items(), totals, strict=True):
             unit_set, strategy = sets[i], self._strategies[i]
             values = bias_corrected(total / world_size(), self._ages.of(i), self.decay_rate)
@@ -177,7 +174,7 @@ class ActivationReset(PlasticityCallback):
                     units = least(sign * values, self._ages.of(i) > self.maturity_threshold, count)
                     self.editor.scale_rows(unit_set.producers[0].module, unit_set.producers[0].of_units(units), factor)
                     self._ages.reset(i, units)
-                    self._utility[unit_set.span][units] = 0.0
+                    self._averages["utility"][unit_set.span][units] = 0.0
             self.scaled_low += low
             self.scaled_high += high
 
@@ -191,29 +188,25 @@ class ActivationReset(PlasticityCallback):
         return self._clamped[key]
 
     @override
-    def _state(self) -> dict[str, Any]:
-        (utility,) = gather_over_ranks([self._utility])
-        return {
-            "utility": utility,
-            "age": self._ages.now(),
-            "earned": [list(self._earned_low), list(self._earned_high)],
-            "maturity": self._maturity.state_dict(),
-            "heard": self._population.activations.state(),
-            "scaled": [self.scaled_low, self.scaled_high],
-        }
+    def _state_of_set(self, index: int) -> dict[str, Any]:
+        return {"earned": list(self._earned[index])}
 
     @override
-    def _restore(self, state: dict[str, Any]) -> None:
-        self._utility.copy_(share_of_this_rank(state["utility"]))
-        self._earned_low, self._earned_high = (list(earned) for earned in state["earned"])
-        self._maturity.load_state_dict(state["maturity"])
-        self._ages.restore(state["age"])
-        self._population.activations.restore(state["heard"])
+    def _restore_set(self, index: int, state: dict[str, Any]) -> None:
+        low, high = state["earned"]
+        self._earned[index] = low, high
+
+    @override
+    def _state_of_all(self) -> dict[str, Any]:
+        return {"scaled": [self.scaled_low, self.scaled_high]}
+
+    @override
+    def _restore_all(self, state: dict[str, Any]) -> None:
         self.scaled_low, self.scaled_high = state["scaled"]
 
     @override
     def _numbers(self) -> dict[str, Tensor | float]:
-        utility = bias_corrected(self._utility, self._ages.now(), self.decay_rate)
+        utility = bias_corrected(self._averages["utility"], self._ages.now(), self.decay_rate)
         return {
             "scaled_low": self.scaled_low,
             "scaled_high": self.scaled_high,

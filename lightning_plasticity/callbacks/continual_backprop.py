@@ -7,22 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_plasticity import checks
-from lightning_plasticity.distributed import gather_over_ranks, share_of_this_rank, sum_over_ranks, world_size
+from lightning_plasticity.distributed import sum_over_ranks, world_size
 from lightning_plasticity.editing.edits import OptimizerState
-from lightning_plasticity.editing.initial import Init, check_init
-from lightning_plasticity.engine.base import ForwardCall, PlasticityCallback, whole_and_rest
-from lightning_plasticity.engine.maturity import Ages, Maturity
-from lightning_plasticity.engine.population import Population, average_in
-from lightning_plasticity.engine.unit_sets import Reader
+from lightning_plasticity.editing.initial import Init, InitialDistribution, check_init
+from lightning_plasticity.engine.base import whole_and_rest
+from lightning_plasticity.engine.population import average_in
+from lightning_plasticity.engine.unit_callback import UnitCallback
+from lightning_plasticity.engine.unit_sets import Reader, UnitSet, weights_of_producers
 from lightning_plasticity.functional.continual_backprop import UTILITIES, Utility, bias_corrected, least, per_incoming
 from lightning_plasticity.units.find import HiddenUnits
 
 
-class ContinualBackprop(PlasticityCallback):
+class ContinualBackprop(UnitCallback):
     r"""Continual Backprop (CBP): replaces the least useful mature hidden units, a small fraction at each step.
 
     For each unit an exponential average :math:`u` of its utility and, for each column that reads it, one of its
@@ -67,6 +66,9 @@ class ContinualBackprop(PlasticityCallback):
         Dohare et al., "Loss of plasticity in deep continual learning", Nature 632, 2024; arXiv 2306.13812.
     """
 
+    per_unit = ("utility",)
+    per_column = ("activation",)
+
     def __init__(
         self,
         replacement_rate: float = 1e-4,
@@ -82,69 +84,58 @@ class ContinualBackprop(PlasticityCallback):
         optimizer_state: OptimizerState = "reset",
         seed: int | None = None,
     ) -> None:
-        super().__init__(module=module, optimizer_state=optimizer_state, seed=seed, needs_example=units is None)
-        self.replacement_rate = checks.number("replacement_rate", replacement_rate, least=0, most=1)
-        self.maturity_threshold = checks.count("maturity_threshold", maturity_threshold)
-        self.decay_rate = checks.number("decay_rate", decay_rate, least=0, below=1)
         self.utility = checks.choice("utility", utility, UTILITIES)
+        self._centred = utility in ("zero_contribution", "adaptable_contribution")
+        super().__init__(
+            units=units,
+            exclude=exclude,
+            maturity_threshold=maturity_threshold,
+            keep_inputs=self._centred,
+            module=module,
+            optimizer_state=optimizer_state,
+            seed=seed,
+        )
+        self.replacement_rate = checks.number("replacement_rate", replacement_rate, least=0, most=1)
+        self.decay_rate = checks.number("decay_rate", decay_rate, least=0, below=1)
         self.init = check_init(init)
         self.compensate_bias = checks.flag("compensate_bias", compensate_bias)
         self.replaced = 0
-        self._centred = utility in ("zero_contribution", "adaptable_contribution")
-        self._population = Population(self, units, exclude, keep_inputs=self._centred)
 
     @override
-    def _examine(self, call: ForwardCall) -> None:
-        self._population.examine(call)
-
-    @override
-    def _start(self) -> None:
-        population = self._population
-        population.settle()
-        self._utility = population.zeros(population.size)
-        self._activation = population.zeros(population.columns)
-        self._maturity = Maturity([s.units.size for s in population.sets], self.maturity_threshold)
-        self._ages = Ages([s.span for s in population.sets], self._maturity, population.device)
-        self._earned = [0.0] * len(population.sets)
-        self._initial = population.initial_distribution(self.init)
+    def _reset(self) -> None:
+        self._initial = InitialDistribution(self.model, (), self.init)
+        self._earned: list[float] = []
         self.replaced = 0
 
     @override
-    def _stop(self) -> None:
-        self._population.clear()
+    def _add_sets(self, sets: Sequence[UnitSet]) -> None:
+        self._initial.add(weights_of_producers(sets))
+        self._earned += [0.0] * len(sets)
 
     @override
-    def _after_step(self, optimizer: Optimizer | None) -> None:
-        population = self._population
-        trained = population.trained_by(optimizer)
-        due = {}
-        for i in trained:
-            eligible = self._maturity.advance(i)
-            self._earned[i] += self.replacement_rate * eligible
-            if self._earned[i] >= 1:
-                count, self._earned[i] = whole_and_rest(self._earned[i])
-                due[i] = min(count, eligible)
-        heard = population.heard(trained)
-        if heard:
-            self._average(heard)
-        if due:
-            self._replace(due)
+    def _earn(self, index: int, eligible: int) -> int | None:
+        self._earned[index] += self.replacement_rate * eligible
+        if self._earned[index] < 1:
+            return None
+        count, self._earned[index] = whole_and_rest(self._earned[index])
+        return min(count, eligible)
 
-    def _average(self, sets: Sequence[int]) -> None:
+    @override
+    def _measure(self, sets: Sequence[int]) -> None:
         population = self._population
         units, columns = population.places(sets)
         mean, size = population.take_means(sets)
         new_weight = 1 - self.decay_rate
-        average_in(self._activation, columns, mean, new_weight)
+        average_in(self._averages["activation"], columns, mean, new_weight)
         if self._centred:
             size = population.activations.take_mean_distance(self._mean_activation(sets), population.readers(sets))
-        average_in(self._utility, units, self._current_utility(size, sets), new_weight)
+        average_in(self._averages["utility"], units, self._current_utility(size, sets), new_weight)
 
     def _mean_activation(self, sets: Sequence[int]) -> Tensor:
         """The mean activation of each column, corrected for the average's start."""
         units, columns = self._population.places(sets)
         age = self._ages.now()[units][self._population.unit_of_column(sets)]
-        return bias_corrected(self._activation[columns], age, self.decay_rate)
+        return bias_corrected(self._averages["activation"][columns], age, self.decay_rate)
 
     def _current_utility(self, size: Tensor, sets: Sequence[int]) -> Tensor:
         population = self._population
@@ -166,9 +157,10 @@ class ContinualBackprop(PlasticityCallback):
             return per_incoming(contribution, population.incoming(sets))
         return contribution
 
-    def _replace(self, due: Mapping[int, int]) -> None:
+    @override
+    def _act(self, due: Mapping[int, int]) -> None:
         sets = self._population.sets
-        averages = [self._utility[sets[i].span] for i in due]
+        averages = [self._averages["utility"][sets[i].span] for i in due]
         averages += [self._by_unit(reader) for i in due for reader in sets[i].readers]
         global_averages = [total / world_size() for total in sum_over_ranks(averages)]
         utilities, activations = global_averages[: len(due)], iter(global_averages[len(due) :])
@@ -181,7 +173,7 @@ class ContinualBackprop(PlasticityCallback):
             chosen[i] = units
         self._population.replace(chosen, self._initial, means if self.compensate_bias else {})
         for i, units in chosen.items():
-            self._utility[sets[i].span][units] = 0.0
+            self._averages["utility"][sets[i].span][units] = 0.0
             for reader in sets[i].readers:
                 self._by_unit(reader)[units] = 0.0
             self._ages.reset(i, units)
@@ -190,37 +182,26 @@ class ContinualBackprop(PlasticityCallback):
 
     def _by_unit(self, reader: Reader) -> Tensor:
         """The running averages of a reader's activations, a row for each unit."""
-        return self._activation[reader.columns].view(reader.table.entries.shape)
-
-    def _averages(self) -> list[Tensor]:
-        return [self._utility, self._activation]
+        return self._averages["activation"][reader.columns].view(reader.table.entries.shape)
 
     @override
-    def _state(self) -> dict[str, Any]:
-        utility, activation = gather_over_ranks(self._averages())
-        return {
-            "utility": utility,
-            "activation": activation,
-            "age": self._ages.now(),
-            "earned": list(self._earned),
-            "maturity": self._maturity.state_dict(),
-            "heard": self._population.activations.state(),
-            "initial": self._initial.state_dict(),
-            "replaced": self.replaced,
-        }
+    def _state_of_set(self, index: int) -> dict[str, Any]:
+        return {"earned": self._earned[index]}
 
     @override
-    def _restore(self, state: dict[str, Any]) -> None:
-        self._utility.copy_(share_of_this_rank(state["utility"]))
-        self._activation.copy_(share_of_this_rank(state["activation"]))
-        self._earned = list(state["earned"])
-        self._maturity.load_state_dict(state["maturity"])
-        self._ages.restore(state["age"])
-        self._population.activations.restore(state["heard"])
-        self._initial.load_state_dict(state["initial"])
+    def _restore_set(self, index: int, state: dict[str, Any]) -> None:
+        self._earned[index] = state["earned"]
+
+    @override
+    def _state_of_all(self) -> dict[str, Any]:
+        return {"initial": self._initial.state_dict(), "replaced": self.replaced}
+
+    @override
+    def _restore_all(self, state: dict[str, Any]) -> None:
+        self._initial.load_state_dict(state["initial"], partial=True)
         self.replaced = state["replaced"]
 
     @override
     def _numbers(self) -> dict[str, Tensor | float]:
-        utility = bias_corrected(self._utility, self._ages.now(), self.decay_rate)
+        utility = bias_corrected(self._averages["utility"], self._ages.now(), self.decay_rate)
         return {"replaced": self.replaced, "utility_min": utility.min(), "utility_mean": utility.mean()}

@@ -105,6 +105,10 @@ class HareAndTortoise(ScheduledCallback):
         }
 
     @override
+    def _works_on(self) -> str:
+        return f"{len(self._fast) - len(self._buffers)} parameters and {len(self._buffers)} buffers."
+
+    @override
     def _stop(self) -> None:
         self._fast, self._slow, self._buffers = {}, {}, {}
 

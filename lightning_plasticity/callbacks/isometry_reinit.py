@@ -100,6 +100,10 @@ class IsometryReinit(ScheduledCallback):
             )
 
     @override
+    def _works_on(self) -> str:
+        return f"{len(self._weights)} weights."
+
+    @override
     def _stop(self) -> None:
         self._weights, self._matrices = {}, {}
 

@@ -144,6 +144,10 @@ class L2Init(PlasticityCallback):
         return [at_the_same_rank(value, target) for value, target in zip(values, targets, strict=True)]
 
     @override
+    def _works_on(self) -> str:
+        return f"{len(self._initial)} parameters."
+
+    @override
     def _stop(self) -> None:
         self._parameters_by_name, self._initial = {}, {}
 

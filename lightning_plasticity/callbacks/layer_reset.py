@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,11 +14,13 @@ from lightning_plasticity import checks
 from lightning_plasticity.editing.editable import check_editable
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.editing.initial import Init, InitialDistribution, check_init
-from lightning_plasticity.engine.base import ForwardCall
+from lightning_plasticity.engine.base import few
+from lightning_plasticity.engine.examination import Part
 from lightning_plasticity.engine.schedule import Schedule, ScheduledCallback
-from lightning_plasticity.layers.flow import trace
+from lightning_plasticity.layers.flow import flow_in
+from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.channels import is_norm
-from lightning_plasticity.units.find import original
+from lightning_plasticity.units.names import named_modules_as_written, original
 
 
 class LayerReset(ScheduledCallback):
@@ -68,7 +71,7 @@ class LayerReset(ScheduledCallback):
         by_number = not isinstance(layers, Iterable)
         chosen = checks.count("layers", layers, least=1) if by_number else checks.words("layers", layers)
         schedule = Schedule(every_n_train_steps, every_n_epochs, on_fit_start)
-        super().__init__(schedule, module=module, optimizer_state=optimizer_state, seed=seed, needs_example=by_number)
+        super().__init__(schedule, module=module, optimizer_state=optimizer_state, seed=seed)
         if not chosen:
             raise ValueError(f"layers must be a number, or names of modules, got {layers!r}. Name at least one.")
         if by_number and on_fit_start:
@@ -85,13 +88,28 @@ class LayerReset(ScheduledCallback):
     def _attach(self, model: nn.Module, optimizers: Iterable[Any]) -> None:
         # What is known from a checkpoint or from the last fit need not be seen again: it may be due at the first batch.
         is_same = self._saved_of is None or self._saved_of() is original(model)
-        self.needs_example = isinstance(self.layers, int) and not (self._saved and is_same)
+        self.question = flow_in if isinstance(self.layers, int) and not (self._saved and is_same) else None
         super()._attach(model, optimizers)
 
     @override
-    def _examine(self, call: ForwardCall) -> None:
-        flow = call.on_one_example(lambda args, kwargs: trace(call.module, args, kwargs))
-        self._called += [call.prefix + layer.name for layer in flow.layers]
+    def hear_of(self, part: Part, call: ForwardCall | None) -> None:
+        self._called += [layer.name for layer in part.found.layers]
+
+    @override
+    def forget_parts(self) -> None:
+        self._called = []
+
+    @override
+    def _grow(self) -> None:
+        warnings.warn(
+            "LayerReset counts the last layers among those that were called before the first step, and resets "
+            f"{few(self._chosen)}. Training calls others only now. If these are meant, name them with layers=.",
+            stacklevel=2,
+        )
+
+    @override
+    def _works_on(self) -> str:
+        return f"{few(self._chosen)}, with {len(self._names)} parameters and {len(self._norms)} normalisation layers."
 
     @override
     def _stop(self) -> None:
@@ -99,7 +117,7 @@ class LayerReset(ScheduledCallback):
 
     @override
     def _start(self) -> None:
-        modules = dict(self.model.named_modules())
+        modules = dict(named_modules_as_written(self.model))
         self._chosen = self._choose(modules)
         inside = {
             name: module
@@ -130,7 +148,7 @@ class LayerReset(ScheduledCallback):
                     f"Its children are: {children}; model.named_modules() lists all."
                 )
             return names
-        if self._saved and not self.needs_example:
+        if self._saved and self.question is None:
             known: list[str] = self._saved["method"]["layers"]
             return known
         places = [i for i, name in enumerate(self._called) if not is_norm(modules[name])]

@@ -20,15 +20,17 @@ from typing_extensions import override
 from lightning_plasticity import checks
 from lightning_plasticity.distributed import sum_over_ranks
 from lightning_plasticity.editing.editable import check_whole
-from lightning_plasticity.engine.base import ForwardCall, in_backward
-from lightning_plasticity.engine.forward import FirstCalls
+from lightning_plasticity.engine.examination import Examination
+from lightning_plasticity.engine.forward import in_backward
+from lightning_plasticity.engine.population import units_in
 from lightning_plasticity.engine.schedule import Schedule
 from lightning_plasticity.metrics.base import ReferencedMetric
 from lightning_plasticity.monitoring.features import FeatureReader, call_with, inputs_and_targets_of, inputs_of
 from lightning_plasticity.monitoring.measures import Measures, mean_and_layers, named
 from lightning_plasticity.monitoring.pictures import Record, picture, send_figure, send_numbers
-from lightning_plasticity.units.find import original
-from lightning_plasticity.units.probing import undisturbed
+from lightning_plasticity.units.calls import ForwardCall
+from lightning_plasticity.units.examining import is_examining, undisturbed
+from lightning_plasticity.units.names import named_modules_as_written, original
 
 
 class PlasticityMonitor(Callback):
@@ -109,7 +111,7 @@ class PlasticityMonitor(Callback):
         self._measured: weakref.ref[nn.Module] | None = None  # the model of the last fit
         self._resumes = False  # from a checkpoint
         self._reader: FeatureReader | None = None
-        self._first_calls: FirstCalls | None = None
+        self._examination: Examination | None = None
         self._probe: ForwardCall | None = None
         # Lightning asks for it around each of its calls.
         self._state_key = self._generate_state_key(
@@ -156,9 +158,11 @@ class PlasticityMonitor(Callback):
             prefix = "" if self.module is None else f"{self.module}."
             self._probe = call_with(original(self._scope), prefix, self._batch)
         if self._measures.has("features"):
-            self._reader = FeatureReader(self.layers, self._hears, self._receive)
+            scope = (model, self._scope, self.module or "")
+            self._reader = FeatureReader(*scope, self.layers, self._hears, self._receive)
             if self._probe is None:
-                self._first_calls = FirstCalls(self._scope, self.module or "", self._reader.examine, lambda _: None)
+                self._examination = Examination.of(*scope, units_in)
+                self._examination.join(self._reader)
             else:
                 self._examine_probe(self._reader, self._probe)
 
@@ -173,14 +177,14 @@ class PlasticityMonitor(Callback):
     def _let_go(self) -> None:
         if self._reader is not None:
             self._reader.stop()
-        if self._first_calls is not None:
-            self._first_calls.remove()
+        if self._examination is not None and self._reader is not None:
+            self._examination.leave(self._reader)
         self._due = False
-        self._scope = self._reader = self._first_calls = self._probe = self._batch = None
+        self._scope = self._reader = self._examination = self._probe = self._batch = None
 
     def _find_scope(self, model: nn.Module) -> nn.Module:
         check_whole(model, "PlasticityMonitor needs")
-        modules: dict[str, nn.Module] = dict(model.named_modules())
+        modules = dict(named_modules_as_written(model))
         if (self.module or "") not in modules:
             raise ValueError(
                 f"module= must name a module of {type(model).__name__}, got {self.module!r}. "
@@ -190,7 +194,7 @@ class PlasticityMonitor(Callback):
 
     def _examine_probe(self, reader: FeatureReader, probe: ForwardCall) -> None:
         try:
-            reader.examine(probe)
+            reader.add(units_in(probe), self.module or "")
         except (NotImplementedError, ValueError) as error:
             raise ValueError(
                 f"{type(probe.module).__name__} cannot be called with probe_batch. Give what its forward takes, or "
@@ -203,7 +207,8 @@ class PlasticityMonitor(Callback):
         """Whether a layer that is called while the reader listens is to be read."""
         if self._probe is not None:
             return True
-        return self._due and self._scope is not None and self._scope.training and not in_backward()
+        is_training = self._scope is not None and self._scope.training
+        return self._due and is_training and not in_backward() and not is_examining()
 
     def _receive(self, layer: str, features: Tensor) -> None:
         assert self._reader is not None
@@ -222,12 +227,10 @@ class PlasticityMonitor(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._due = self._is_due(trainer, batch_idx)
-        # FirstCalls waits with hooks, too
-        if self._first_calls is not None and (self._due or not self._first_calls.any_seen):
-            assert self._reader is not None
-            self._reader.start()
         if not self._due:
             return
+        if self._examination is not None and self._reader is not None:
+            self._reader.start()
         if self._batch is None and self._measures.has("inputs", "batch"):
             self._batch = batch
         for metric in self._measures.of("step"):
@@ -236,6 +239,8 @@ class PlasticityMonitor(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._examination is not None:
+            self._examination.settle()
         for metric in self._measures.of("gradients") if self._due else ():
             metric.update(self._scope)
 
@@ -262,7 +267,7 @@ class PlasticityMonitor(Callback):
     def _measure(self, trainer: Trainer, step: int) -> None:
         assert self._scope is not None
         if self._reader is not None:
-            self._reader.check()
+            self._reader.check({} if self._examination is None else self._examination.failed)
             for layer, unit_dim in self._reader.layers.items():
                 self._measures.of("features", layer, unit_dim)  # also those that only other ranks have called
         if self._probe is not None or self._measures.has("inputs", "batch"):

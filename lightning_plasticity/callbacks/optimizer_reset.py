@@ -118,6 +118,10 @@ class OptimizerReset(ScheduledCallback):
             )
 
     @override
+    def _works_on(self) -> str:
+        return f"the optimizer's state of {len(self._named)} parameters."
+
+    @override
     def _stop(self) -> None:
         self._named = {}
 

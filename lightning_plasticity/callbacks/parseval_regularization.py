@@ -10,11 +10,13 @@ from typing_extensions import override
 
 from lightning_plasticity import checks
 from lightning_plasticity.editing.edits import OptimizerState
-from lightning_plasticity.engine.base import ForwardCall, PlasticityCallback
+from lightning_plasticity.engine.base import PlasticityCallback
+from lightning_plasticity.engine.examination import Part
 from lightning_plasticity.functional.parseval_regularization import parseval_update
-from lightning_plasticity.layers.flow import trace
+from lightning_plasticity.layers.flow import flow_in
 from lightning_plasticity.layers.trained import LayerWeights
 from lightning_plasticity.layers.weights import LayerPatterns
+from lightning_plasticity.units.calls import ForwardCall
 
 
 class ParsevalRegularization(PlasticityCallback):
@@ -79,8 +81,8 @@ class ParsevalRegularization(PlasticityCallback):
         optimizer_state: OptimizerState = "keep",
         seed: int | None = None,
     ) -> None:
-        needs_example = not checks.flag("last_layer", last_layer)
-        super().__init__(module=module, optimizer_state=optimizer_state, seed=seed, needs_example=needs_example)
+        question = None if checks.flag("last_layer", last_layer) else flow_in
+        super().__init__(module=module, optimizer_state=optimizer_state, seed=seed, question=question)
         self.coefficient = checks.number("coefficient", coefficient, least=0)
         self.target = checks.number("target", target, above=0)
         self.reference_width = checks.optional(checks.count, "reference_width", reference_width, least=1)
@@ -89,11 +91,18 @@ class ParsevalRegularization(PlasticityCallback):
         self._last: set[Tensor] = set()  # the parameters of the layers that the outputs come from
 
     @override
-    def _examine(self, call: ForwardCall) -> None:
-        flow = call.on_one_example(lambda args, kwargs: trace(call.module, args, kwargs))
-        reaching = frozenset().union(*flow.outputs)
-        # not by name, for those of a compiled module are others
-        self._last = {p for layer in flow.layers if layer.name in reaching for p in layer.module.parameters()}
+    def hear_of(self, part: Part, call: ForwardCall | None) -> None:
+        reaching = frozenset().union(*part.found.outputs)
+        last = (self.model.get_submodule(layer.name) for layer in part.found.layers if layer.name in reaching)
+        self._last.update(parameter for layer in last for parameter in layer.parameters())
+
+    @override
+    def forget_parts(self) -> None:
+        self._last = set()
+
+    @override
+    def _grow(self) -> None:
+        self._start()  # with more last layers
 
     @override
     def _start(self) -> None:
@@ -105,6 +114,10 @@ class ParsevalRegularization(PlasticityCallback):
         self._weights = LayerWeights(
             type(self).__name__, self.model, self.module or "", self.patterns, self.optimizers, self._last
         )
+
+    @override
+    def _works_on(self) -> str:
+        return f"{len(self._weights.names)} weights."
 
     @override
     def _stop(self) -> None:

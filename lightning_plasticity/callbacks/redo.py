@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_plasticity import checks
-from lightning_plasticity.distributed import sum_over_ranks, world_size
+from lightning_plasticity.distributed import sum_over_ranks
 from lightning_plasticity.editing.edits import OptimizerState
-from lightning_plasticity.editing.initial import Init, check_init
-from lightning_plasticity.engine.base import ForwardCall, PlasticityCallback
-from lightning_plasticity.engine.population import Population
+from lightning_plasticity.editing.initial import Init, InitialDistribution, check_init
+from lightning_plasticity.engine.unit_callback import UnitCallback
+from lightning_plasticity.engine.unit_sets import UnitSet, weights_of_producers
 from lightning_plasticity.functional.redo import dormancy_scores
 from lightning_plasticity.units.find import HiddenUnits
 
 
-class ReDo(PlasticityCallback):
+class ReDo(UnitCallback):
     r"""ReDo: every so many steps, replaces all dormant units.
 
     A unit is dormant if its mean size of activation, over the examples of the last steps and relative to the mean of
@@ -75,7 +74,7 @@ class ReDo(PlasticityCallback):
         optimizer_state: OptimizerState = "reset",
         seed: int | None = None,
     ) -> None:
-        super().__init__(module=module, optimizer_state=optimizer_state, seed=seed, needs_example=units is None)
+        super().__init__(units=units, exclude=exclude, module=module, optimizer_state=optimizer_state, seed=seed)
         self.threshold = checks.number("threshold", threshold, least=0)
         self.every_n_train_steps = checks.count("every_n_train_steps", every_n_train_steps, least=1)
         self.score_steps = checks.count("score_steps", score_steps, least=1)
@@ -86,76 +85,73 @@ class ReDo(PlasticityCallback):
             )
         self.init = check_init(init)
         self.replaced = 0
-        self._population = Population(self, units, exclude)
 
     @override
-    def _examine(self, call: ForwardCall) -> None:
-        self._population.examine(call)  # hears this call, which may be the one that decides in a run that resumes
-
-    @override
-    def _start(self) -> None:
-        self._population.settle()
-        self._steps = [0] * len(self._population.sets)
-        self._initial = self._population.initial_distribution(self.init)
+    def _reset(self) -> None:
+        self._initial = InitialDistribution(self.model, (), self.init)
+        self._sizes: dict[int, Tensor] = {}  # of the units of sets that are due in this step
         self.replaced = 0
+
+    @override
+    def _add_sets(self, sets: Sequence[UnitSet]) -> None:
+        self._initial.add(weights_of_producers(sets))
         self._listen()
 
     def _listen(self) -> None:
         """Only the forward passes of the steps whose examples decide need to be read."""
-        self._population.activations.listening = any(self._decides(done + 1) for done in self._steps)
+        self._population.activations.listening = any(self._decides(done + 1) for done in self._maturity.steps)
 
     def _decides(self, step: int) -> bool:
         """Whether the examples of this step of a set tell which of its units are dormant."""
         return -step % self.every_n_train_steps < self.score_steps
 
-    def _is_due(self, i: int) -> bool:
-        return self._steps[i] % self.every_n_train_steps == 0
+    def _is_due(self, index: int) -> bool:
+        return self._maturity.steps[index] % self.every_n_train_steps == 0
 
     @override
-    def _stop(self) -> None:
-        self._population.clear()
+    def _earn(self, index: int, eligible: int) -> bool | None:
+        return True if self._is_due(index) else None
 
     @override
-    def _after_step(self, optimizer: Optimizer | None) -> None:
-        population = self._population
-        trained = population.trained_by(optimizer)
-        for i in trained:
-            self._steps[i] += 1
+    def _measure(self, sets: Sequence[int]) -> None:
         # What others heard goes on adding up until their turn comes.
-        taken = [i for i in population.heard(trained) if self._is_due(i) or not self._decides(self._steps[i])]
+        taken = [i for i in sets if self._is_due(i) or not self._decides(self._maturity.steps[i])]
         if taken:
-            sizes = population.mean_over_consumers(population.take_means(taken)[1], taken)
-            if any(self._is_due(i) for i in taken):
-                self._replace_dormant(sizes, taken)
-        self._listen()
+            sizes = self._population.mean_over_consumers(self._population.take_means(taken)[1], taken)
+            of_each = torch.split(sizes, [self._population.sets[i].units.size for i in taken])
+            self._sizes = dict(zip(taken, of_each, strict=True))
 
-    def _replace_dormant(self, sizes: Tensor, sets: Sequence[int]) -> None:
-        (total,) = sum_over_ranks([sizes])
-        mean_sizes = torch.split(total / world_size(), [self._population.sets[i].units.size for i in sets])
+    @override
+    def _act(self, due: Mapping[int, bool]) -> None:
+        population = self._population
+        sizes = [self._sizes.get(i, population.zeros(population.sets[i].units.size)) for i in due]
+        heard = torch.tensor([i in self._sizes for i in due], dtype=torch.float64, device=population.device)
+        *totals, ranks = sum_over_ranks([*sizes, heard])
         chosen = {}
-        for i, mean_size in zip(sets, mean_sizes, strict=True):
+        for i, total, count in zip(due, totals, ranks.tolist(), strict=True):
             # how many are dormant is only known on the device: this step waits for it
-            dormant = (dormancy_scores(mean_size) <= self.threshold).nonzero().squeeze(1)
-            if self._is_due(i) and len(dormant):
+            dormant = (dormancy_scores(total / max(count, 1.0)) <= self.threshold).nonzero().squeeze(1)
+            if count and len(dormant):
                 chosen[i] = dormant
                 self.replaced += len(dormant)
-        self._population.replace(chosen, self._initial, compensate={})
+        population.replace(chosen, self._initial, compensate={})
+        self._sizes = {}
 
     @override
-    def _state(self) -> dict[str, Any]:
-        return {
-            "steps": list(self._steps),
-            "initial": self._initial.state_dict(),
-            "replaced": self.replaced,
-            "heard": self._population.activations.state(),
-        }
+    def _finish(self, sets: Sequence[int]) -> None:
+        self._listen()
 
     @override
-    def _restore(self, state: dict[str, Any]) -> None:
-        self._steps = list(state["steps"])
-        self._initial.load_state_dict(state["initial"])
+    def _state_of_all(self) -> dict[str, Any]:
+        return {"initial": self._initial.state_dict(), "replaced": self.replaced}
+
+    @override
+    def _restore_all(self, state: dict[str, Any]) -> None:
+        self._initial.load_state_dict(state["initial"], partial=True)
         self.replaced = state["replaced"]
-        self._population.activations.restore(state["heard"])
+
+    @override
+    def _restore_set(self, index: int, state: dict[str, Any]) -> None:
         self._listen()
 
     @override

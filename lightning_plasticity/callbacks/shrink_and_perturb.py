@@ -117,6 +117,10 @@ class ShrinkAndPerturb(ScheduledCallback):
         self._initial = InitialDistribution(self.model, drawn, "empirical" if self.init == "start" else self.init)
 
     @override
+    def _works_on(self) -> str:
+        return f"{len(self._names)} parameters."
+
+    @override
     def _act(self) -> None:
         due = self._due()
         trained = [name for name in self._names if id(self.model.get_parameter(name)) in due]

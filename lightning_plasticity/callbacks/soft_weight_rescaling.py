@@ -16,15 +16,17 @@ from typing_extensions import override
 
 from lightning_plasticity import checks
 from lightning_plasticity.editing.edits import OptimizerState
-from lightning_plasticity.engine.base import ForwardCall, PlasticityCallback
+from lightning_plasticity.engine.base import PlasticityCallback
+from lightning_plasticity.engine.examination import Part
 from lightning_plasticity.functional.soft_weight_rescaling import (
     joint_norms,
     log_rescaling_factor,
     log_rescaling_factors,
 )
-from lightning_plasticity.layers.flow import INPUT, CalledLayer, Flow, trace
+from lightning_plasticity.layers.flow import Flow, flow_in
 from lightning_plasticity.layers.rescaling import Rescaling, change_of_outputs, plan
-from lightning_plasticity.units.channels import tensors_in
+from lightning_plasticity.units.calls import ForwardCall
+from lightning_plasticity.units.names import original
 
 _LARGE = 0.01  # a change of the outputs, as a share of their size, that a step should not bring about by itself
 _FEW = 100  # factors and their products; far more are better worked out together
@@ -108,7 +110,7 @@ class SoftWeightRescaling(PlasticityCallback):
         optimizer_state: OptimizerState = "keep",
         seed: int | None = None,
     ) -> None:
-        super().__init__(module=module, optimizer_state=optimizer_state, seed=seed, needs_example=True)
+        super().__init__(module=module, optimizer_state=optimizer_state, seed=seed, question=flow_in)
         if classifier is not None and classifier_coefficient is None:
             raise ValueError(
                 f"classifier={classifier!r} needs a classifier_coefficient of its own, got None. Give both, or neither."
@@ -131,22 +133,17 @@ class SoftWeightRescaling(PlasticityCallback):
     # ---- before the first step
 
     @override
-    def _examine(self, call: ForwardCall) -> None:
-        flow = trace(call.module, call.args, call.kwargs)
-        self._report_change(call, flow)
+    def hear_of(self, part: Part, call: ForwardCall | None) -> None:
+        if call is not None:
+            self._report_change(call, part.found)
+        self._flow = self._flow.then(part.found)
 
-        def renamed(sources: frozenset[str]) -> frozenset[str]:
-            # A module that is called by itself gets what the last one gave if that has come through a network at all.
-            is_given = any(x.requires_grad for x in tensors_in((call.args, call.kwargs)))
-            given = self._flow.outputs[-1] if self._flow.outputs and is_given else frozenset([INPUT])
-            own = frozenset(call.prefix + name for name in sources - {INPUT})
-            return own | given if INPUT in sources else own
-
-        layers = (CalledLayer(call.prefix + x.name, x.module, renamed(x.sources)) for x in flow.layers)
-        self._flow = Flow((*self._flow.layers, *layers), tuple(renamed(sources) for sources in flow.outputs))
+    @override
+    def forget_parts(self) -> None:
+        self._flow = Flow((), ())
 
     def _report_change(self, call: ForwardCall, flow: Flow) -> None:
-        rescaling = plan(flow, lambda name: self._is_excluded(call.prefix + name), tie_streams=self.tie_residual)
+        rescaling = plan(self.model, flow, self._is_excluded, tie_streams=self.tie_residual)
         if not rescaling.weights:
             return
         try:
@@ -177,21 +174,11 @@ class SoftWeightRescaling(PlasticityCallback):
                 "rebase_on_lr_drop needs an optimizer, whose learning rate it follows. "
                 "Give it to attach(model, optimizer)."
             )
-        rescaling = plan(self._flow, self._is_excluded, tie_streams=self.tie_residual)
-        if not rescaling.weights:
-            raise ValueError(
-                "SoftWeightRescaling needs layers with weights that are called in the forward pass, and there are none "
-                f"among the {len(self._flow.layers)} called layers. Name another part with module=, or exclude less."
-            )
-        self._weights = rescaling.weights
-        self._dtype = torch.float32
-        for weight in self._weights.values():
-            self._dtype = torch.promote_types(self._dtype, weight.dtype)
-        self._initial_norms = self._last_norms = self._norms()
-        is_tied = len(rescaling.groups) < len(self._weights)
-        self._groups = rescaling.groups.to(self._initial_norms) if is_tied else None
-        self._shares = list(self._share_out(rescaling))
+        self._weights = {}
+        self._initial_norms = self._last_norms = torch.zeros(0)
+        self._waiting: dict[str, tuple[Tensor, Tensor]] = {}  # what a checkpoint says of weights not called yet
         self._rates = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self._grow()
         at_zero = [name for name, norm in zip(self._weights, self._initial_norms.tolist(), strict=True) if not norm]
         if at_zero and self._saved is None:
             warnings.warn(
@@ -199,6 +186,29 @@ class SoftWeightRescaling(PlasticityCallback):
                 "they would hardly grow. Exclude these layers, or start them from something else.",
                 stacklevel=2,
             )
+
+    @override
+    def _grow(self) -> None:
+        rescaling = plan(self.model, self._flow, self._is_excluded, tie_streams=self.tie_residual)
+        if not rescaling.weights:
+            raise ValueError(
+                "SoftWeightRescaling needs layers with weights that are called in the forward pass, and there are none "
+                f"among the {len(self._flow.layers)} called layers. Name another part with module=, or exclude less."
+            )
+        known = self._waiting | dict(
+            zip(self._weights, zip(self._initial_norms, self._last_norms, strict=True), strict=True)
+        )
+        self._weights = rescaling.weights
+        self._dtype = torch.float32
+        for weight in self._weights.values():
+            self._dtype = torch.promote_types(self._dtype, weight.dtype)
+        now = self._norms()
+        pairs = [known.get(name, (norm, norm)) for name, norm in zip(self._weights, now, strict=True)]
+        self._initial_norms, self._last_norms = (torch.stack(norms).to(now) for norms in zip(*pairs, strict=True))
+        self._waiting = {name: norms for name, norms in self._waiting.items() if name not in self._weights}
+        is_tied = len(rescaling.groups) < len(self._weights)
+        self._groups = rescaling.groups.to(self._initial_norms) if is_tied else None
+        self._shares = list(self._share_out(rescaling))
 
     def _share_out(self, rescaling: Rescaling) -> Iterator[_Share]:
         """What each optimizer's steps call for: nothing for weights that another one trains."""
@@ -238,7 +248,8 @@ class SoftWeightRescaling(PlasticityCallback):
                     given = get_classifier()
                     found = [names[part] for part in (given if isinstance(given, tuple) else (given,)) if part in names]
             if not self._holds_weights(found):
-                found = [layer.name for layer in self._flow.layers if isinstance(layer.module, nn.Linear)][-1:]
+                called = {layer.name: original(self.model.get_submodule(layer.name)) for layer in self._flow.layers}
+                found = [name for name, layer in called.items() if isinstance(layer, nn.Linear)][-1:]
         if not self._holds_weights(found):
             raise ValueError(
                 "classifier_coefficient needs a classifier with weights that are called and not excluded, and there is "
@@ -308,23 +319,36 @@ class SoftWeightRescaling(PlasticityCallback):
                 self._initial_norms = torch.where(is_own, self._last_norms, self._initial_norms)
 
     @override
+    def _works_on(self) -> str:
+        return f"{len(self._weights)} weights, with the biases and running statistics that go with them."
+
+    @override
     def _state(self) -> dict[str, Any]:
+        norms = dict(zip(self._weights, zip(self._initial_norms, self._last_norms, strict=True), strict=True))
         return {
-            "weights": list(self._weights),
-            "initial_norms": self._initial_norms.clone(),
-            "norms": self._last_norms.clone(),
+            "norms": {name: torch.stack(pair) for name, pair in (self._waiting | norms).items()},
             "rates": [list(rates) for rates in self._rates],
         }
 
     @override
     def _restore(self, state: dict[str, Any]) -> None:
-        if state["weights"] != list(self._weights):
+        norms: dict[str, Tensor] = state["norms"]
+        if "weights" in state:  # saved by version 0.1.0
+            pairs = torch.stack([state["initial_norms"], state["norms"]], 1)
+            norms = dict(zip(state["weights"], pairs, strict=True))
+        names = {name for name, _ in self.model.named_parameters()}
+        differing = sorted((self._weights.keys() - norms.keys()) | (norms.keys() - names))
+        if differing:
             raise ValueError(
-                "SoftWeightRescaling must resume with the layers of its checkpoint, but only one of the two has "
-                f"{sorted(set(state['weights']) ^ set(self._weights))}. Resume with the run's model and settings."
+                f"SoftWeightRescaling must resume with the layers of its checkpoint, but only one of the two has "
+                f"{differing}. Resume with the run's model and settings."
             )
-        self._initial_norms = state["initial_norms"].to(self._initial_norms)
-        self._last_norms = state["norms"].to(self._initial_norms)
+        now = self._initial_norms
+        known = torch.stack([norms[name].to(now) for name in self._weights])
+        self._initial_norms, self._last_norms = known.unbind(1)
+        self._waiting = {
+            name: (pair.to(now)[0], pair.to(now)[1]) for name, pair in norms.items() if name not in self._weights
+        }
         self._rates = [list(rates) for rates in state["rates"]]
 
     @override

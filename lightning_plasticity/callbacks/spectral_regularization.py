@@ -107,6 +107,10 @@ class SpectralRegularization(PlasticityCallback):
                 self._targets[parameter] = 1.0 if own_name == "weight" else 0.0
 
     @override
+    def _works_on(self) -> str:
+        return f"{len(self._weights.names)} weights."
+
+    @override
     def _stop(self) -> None:
         self._left, self._targets = {}, {}
         vars(self).pop("_weights", None)

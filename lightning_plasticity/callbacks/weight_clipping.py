@@ -78,6 +78,10 @@ class WeightClipping(PlasticityCallback):
             self._limited[weight] = limit, [weight] if bias is None else [weight, bias]
 
     @override
+    def _works_on(self) -> str:
+        return f"{len(self._weights.names)} weights."
+
+    @override
     def _stop(self) -> None:
         self._limited = {}
         vars(self).pop("_weights", None)

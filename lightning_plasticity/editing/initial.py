@@ -77,14 +77,24 @@ class InitialDistribution:
         self._init = check_init(init)
         self._moments: dict[str, tuple[float, float]] = {}
         self._twins: dict[str, nn.Module] = {}
+        self._known: dict[str, tuple[float, float]] = {}  # from a checkpoint, of parameters that are still to be added
+        self.add(parameters)
+
+    def add(self, parameters: Iterable[str]) -> None:
+        """Records more parameters; those that are recorded already stay as they are."""
         for name in parameters:
+            if name in self._moments:
+                continue
             parameter = self._parameter(name)
-            if init == "kaiming_uniform":
+            if self._init == "kaiming_uniform":
                 self._fan_in(name)
-            elif init == "reset_parameters":
+            elif self._init == "reset_parameters":
                 self._add_twin(name)
-            elif callable(init):
+            elif callable(self._init):
                 self._try(name)
+            if name in self._known:
+                self._moments[name] = self._known.pop(name)
+                continue
             std, mean = torch.std_mean(parameter.detach().to(_drawn_in(parameter)), correction=0)
             self._moments[name] = (mean.item(), std.item())
 
@@ -116,27 +126,29 @@ class InitialDistribution:
         return values.to(parameter.device, parameter.dtype)
 
     def mean(self, name: str) -> float:
-        """The mean of the distribution that a parameter started from: 0 for ``"kaiming_uniform"``.
-
-        Otherwise it is told from the values recorded: 0 if their mean is no further from it than chance explains, which
-        is five standard errors.
-        """
-        if self._init == "kaiming_uniform":
-            return 0.0
-        mean, std = self._moments[name]
-        return 0.0 if abs(mean) <= 5 * std / math.sqrt(self._parameter(name).numel()) else mean
+        """The mean of a parameter's initial distribution: 0 for ``"kaiming_uniform"``, otherwise the mean recorded."""
+        return 0.0 if self._init == "kaiming_uniform" else self._moments[name][0]
 
     def state_dict(self) -> dict[str, Any]:
         """What was recorded, for a checkpoint."""
-        return {"moments": dict(self._moments)}
+        return {"moments": {**self._known, **self._moments}}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, partial: bool = False) -> None:
         """Put back what was recorded when the run began, in place of what the resumed model has now.
+
+        Args:
+            state_dict: What :meth:`state_dict` gave.
+            partial: Whether the checkpoint may have other parameters than this; what it knows of them is kept until
+                they are added.
 
         Raises:
             ValueError: If the checkpoint has other parameters than this.
         """
         moments: dict[str, tuple[float, float]] = state_dict["moments"]
+        if partial:
+            self._known = {name: values for name, values in moments.items() if name not in self._moments}
+            self._moments |= {name: values for name, values in moments.items() if name in self._moments}
+            return
         if moments.keys() != self._moments.keys():
             raise ValueError(
                 "The checkpoint must hold the initial distribution of the same parameters, but only one of them has "

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_plasticity.distributed import gather_over_ranks, share_of_this_rank
-from lightning_plasticity.engine.base import PlasticityCallback, in_backward
+from lightning_plasticity.engine.base import PlasticityCallback
+from lightning_plasticity.engine.forward import in_backward
 from lightning_plasticity.engine.unit_sets import Reader, channels_of
-from lightning_plasticity.units.probing import is_examining
+from lightning_plasticity.units.examining import is_examining
 
 _PIECE = 2**18  # entries
 _SMALL = 2**16  # entries whose absolute values are written to memory that stays
@@ -162,22 +162,25 @@ class Activations:
             size_so_far += total.abs() if size is None else size
         total_so_far += total
 
-    def state(self) -> dict[str, Tensor]:
-        """What was read since it was last taken, for the checkpoint: an optimizer may step less often than others."""
+    def state(self) -> tuple[Tensor, Tensor]:
+        """What was read since it was last taken, for the checkpoint: an optimizer may step less often than others.
+
+        Totals and sizes, two rows over all columns, and for each reader of how many rows they are.
+        """
         sums = torch.zeros_like(torch.stack([self._totals, self._sizes]))
         for reader, rows, (total, size) in zip(self._readers, self._rows, self._parts, strict=True):
             if rows:
                 sums[:, reader.columns] = torch.cat([total, total.abs() if rows == 1 else size])
-        sums, counts = gather_over_ranks([sums, torch.tensor(self._rows, device=sums.device)])
-        return {"sums": sums, "rows": counts}
+        return sums, torch.tensor(self._rows, device=sums.device)
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """From the checkpoint; a first forward pass may have been read already."""
-        totals, sizes = share_of_this_rank(state["sums"]).to(self._totals)
-        rows = share_of_this_rank(state["rows"].double()).round().int().tolist()
-        for reader, count in zip(self._readers, rows, strict=True):
+    def restore(self, readers: Sequence[Reader], sums: Tensor, rows: Sequence[int]) -> None:
+        """From the checkpoint, for readers that follow each other; a first forward pass may have been read already."""
+        totals, sizes = sums.to(self._totals)
+        first = readers[0].columns.start
+        for reader, count in zip(readers, rows, strict=True):
             if count:
-                self._note(replace(reader, in_order=True), count, totals[reader.columns], sizes[reader.columns])
+                columns = slice(reader.columns.start - first, reader.columns.stop - first)
+                self._note(replace(reader, in_order=True), count, totals[columns], sizes[columns])
 
     def are_read(self, readers: Sequence[Reader]) -> bool:
         """Whether each of the readers was given something since it was last taken."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 import zlib
 from abc import ABC, abstractmethod
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -23,11 +23,10 @@ from lightning_plasticity.distributed import EqualDraws, agree_on_seed
 from lightning_plasticity.editing.editable import check_whole
 from lightning_plasticity.editing.edits import Editor, OptimizerState
 from lightning_plasticity.editing.optimizer_state import OPTIMIZER_STATES
-from lightning_plasticity.engine.forward import FirstCalls, forget_compiled_code
-from lightning_plasticity.engine.forward import ForwardCall as ForwardCall
-from lightning_plasticity.engine.forward import in_backward as in_backward
+from lightning_plasticity.engine.examination import Examination, Part, Question
+from lightning_plasticity.engine.forward import forget_compiled_code
+from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.find import original
-from lightning_plasticity.units.probing import undisturbed
 
 
 class PlasticityCallback(Callback, ABC):
@@ -51,7 +50,8 @@ class PlasticityCallback(Callback, ABC):
         optimizer_state: ``"reset"`` puts the optimizer state of entries that are written back to its initial value,
             ``"keep"`` leaves it.
         seed: of the method's own draws, which are equal on every rank; None takes rank 0's current seed.
-        needs_example: whether the method must examine a forward pass before it can act.
+        question: what the method must know of each part of the model that training calls, before it can act; None if
+            nothing. Callbacks with the same question share the answers.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class PlasticityCallback(Callback, ABC):
         module: str | None = None,
         optimizer_state: OptimizerState = "reset",
         seed: int | None = None,
-        needs_example: bool = False,
+        question: Question | None = None,
     ) -> None:
         super().__init__()
         self.module = checks.optional(checks.word, "module", module)
         self.optimizer_state: OptimizerState = checks.choice("optimizer_state", optimizer_state, OPTIMIZER_STATES)
         self.seed = checks.optional(checks.seed, "seed", seed)
-        self.needs_example = needs_example
+        self.question = question
         self._state_key = self._generate_state_key(module=module)  # Lightning asks for it around each of its calls
         self.optimizer_steps = 0  # real steps of all optimizers that train the scope
         self.optimizers: list[Optimizer] = []
@@ -76,7 +76,8 @@ class PlasticityCallback(Callback, ABC):
         self._scope: nn.Module | None = None
         self._trainer: Trainer | None = None
         self._handles: list[RemovableHandle] = []
-        self._first_calls: FirstCalls | None = None
+        self._examination: Examination | None = None
+        self._parts = 0  # how many parts the method has begun to work on
         self._stepped: list[Optimizer] = []
         self._ready = False  # from `_start` to `detach`
         self._saved: dict[str, Any] | None = None  # state that waits to be restored
@@ -88,7 +89,7 @@ class PlasticityCallback(Callback, ABC):
     def _start(self) -> None:
         """Prepares the method's state: the model has its initial weights (or, on resume, those of the checkpoint).
 
-        Methods with ``needs_example`` are called once the forward pass has been examined, before the first step.
+        Methods with a question are called once a part of the model has been examined, before the first step.
         """
 
     @abstractmethod
@@ -99,11 +100,22 @@ class PlasticityCallback(Callback, ABC):
         of the others may be still to come.
         """
 
-    def _examine(self, call: ForwardCall) -> None:
-        """Looks at the first training call of the model, or of each child that is called by itself, before it goes on.
+    def hear_of(self, part: Part, call: ForwardCall | None) -> None:
+        """Learns of a part of the model that training calls for the first time, before the call goes on.
 
-        Hooks that are set here hear that call already: before ``_start`` and ``_restore``, which must not lose it.
+        Hooks that are set here hear that call already: before ``_start`` or ``_grow`` and ``_restore``, which must not
+        lose it. Without a ``call`` the part was called before, or on another rank.
         """
+
+    def forget_parts(self) -> None:
+        """Forgets what ``hear_of`` told and removes the hooks that were set there: all of it will be told anew."""
+
+    @abstractmethod
+    def _works_on(self) -> str:
+        """What the method works on, in a few words, for the line that is logged when it starts."""
+
+    def _grow(self) -> None:
+        """Begins to work on the parts that were called for the first time since ``_start`` or the last ``_grow``."""
 
     def _state(self) -> dict[str, Any]:
         """All that the method must remember, besides its settings, equal on every rank: all ranks call it together.
@@ -117,7 +129,7 @@ class PlasticityCallback(Callback, ABC):
         """Takes back what ``_state`` gave; called after ``_start``."""
 
     def _stop(self) -> None:
-        """Lets go of the model. The hooks given to ``keep`` are gone; ``_examine`` and ``_start`` may follow again."""
+        """Lets go of the model. The hooks given to ``keep`` are gone; ``hear_of`` and ``_start`` may follow again."""
 
     def _numbers(self) -> dict[str, Tensor | float]:
         """What to log, by name; read at the Trainer's logging interval only."""
@@ -129,22 +141,17 @@ class PlasticityCallback(Callback, ABC):
         self,
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
-        example_inputs: Sequence[Any] | None = None,
+        example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     ) -> Self:
         """Starts to work on a model outside of a Trainer.
 
         Args:
             model: the network; compiled, data-parallel and Fabric wrappers are looked through.
             optimizer: the optimizer or optimizers that train it. Without one, every call of ``step`` counts.
-            example_inputs: what the model is called with, ``model(*example_inputs)``. Without it, the first training
-                forward pass serves as example, and is compiled in pieces where the model is compiled: with
-                ``fullgraph=True`` examples are needed.
+            example_inputs: what the model is called with: ``(x,)`` for ``model(x)``, a dict for keywords, or a pair of
+                both, ``((x,), {"mask": mask})``. Without it, the first training call of each part serves as example.
         """
-        if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
-            raise ValueError(
-                f"example_inputs must be a tuple of the model's inputs, got {type(example_inputs).__name__}. "
-                "Write example_inputs=(x,)."
-            )
+        example = None if example_inputs is None else _arguments(example_inputs)
         if self._model is not None:
             raise RuntimeError(f"{type(self).__name__} is attached to a model already. Call detach() first.")
         optimizers = (
@@ -152,10 +159,9 @@ class PlasticityCallback(Callback, ABC):
         )
         try:
             self._attach(model, optimizers)
-            if self._first_calls is not None and example_inputs is not None:
-                self._first_calls.remove()
-                self._examine_example(tuple(example_inputs))
-                self._begin()
+            if self._examination is not None and example is not None:
+                self._examination.examine_example(*example)
+                self._take_parts()
         except BaseException:
             self._let_go()
             raise
@@ -168,14 +174,10 @@ class PlasticityCallback(Callback, ABC):
         stepped: list[Optimizer | None] = list(self._stepped) if self.optimizers else [None]
         self._stepped.clear()
         for optimizer in stepped:
+            if optimizer is None:
+                self._take_parts()
             if not self._ready:
-                self._begin_if_examined()
-            if not self._ready:
-                raise RuntimeError(
-                    f"{type(self).__name__} needs to see a forward pass in training mode before the first optimizer "
-                    "step, but the model was not called as a module. Call it as self(x) or self.net(x) in "
-                    "training_step, name the part that is called with module=, or give example_inputs to attach()."
-                )
+                raise self._nothing_seen()
             self.optimizer_steps += 1
             with torch.no_grad():
                 self._after_step(optimizer)
@@ -191,8 +193,11 @@ class PlasticityCallback(Callback, ABC):
 
     def _let_go(self) -> None:
         self._remove_hooks()
+        if self._examination is not None:
+            self._examination.leave(self)
         self._stop()
-        self._model = self._scope = self._trainer = self._first_calls = None
+        self._model = self._scope = self._trainer = self._examination = None
+        self._parts = 0
         self._ready = False
         self.optimizers = []
         for name in ("draws", "editor"):
@@ -202,8 +207,6 @@ class PlasticityCallback(Callback, ABC):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if self._first_calls is not None:
-            self._first_calls.remove()
 
     # ---- what methods use
 
@@ -266,10 +269,11 @@ class PlasticityCallback(Callback, ABC):
         for optimizer in self.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._count_step))
-        if self.needs_example:
-            self._first_calls = FirstCalls(self.scope, self.module or "", self._examine, self._warn_too_late)
-        else:
+        if self.question is None:
             self._begin()
+        else:
+            self._examination = Examination.of(model, self.scope, self.module or "", self.question)
+            self._examination.join(self)
         forget_compiled_code()
 
     def _find_scope(self, model: nn.Module) -> nn.Module:
@@ -293,22 +297,44 @@ class PlasticityCallback(Callback, ABC):
         if self._saved is not None:
             saved, self._saved, self._saved_of = self._saved, None, None
             self.load_state_dict(saved)
+        self._announce()
+
+    def _announce(self) -> None:
+        waiting = [] if self._examination is None else self._examination.waiting()
+        rank_zero_info(
+            f"{type(self).__name__} works on {self._works_on()}"
+            + (f" Not called yet, and taken in when training calls it: {few(waiting)}." if waiting else "")
+        )
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Runs when ``optimizer.step()`` begins: the last moment at which the weights are the initial ones."""
-        if self._ready:
+        if self._examination is None or (self._ready and self._examination.is_over(self._parts)):
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._begin_if_examined()
+            self._take_parts()
             return None
 
         def first_closure(*given: Any) -> Any:
             result = closure(*given)
-            self._begin_if_examined()  # the forward pass was in the closure
+            self._take_parts()  # the forward pass was in the closure
             return result
 
         return args[:1], {**kwargs, "closure": first_closure}
+
+    @torch.no_grad()
+    def _take_parts(self) -> None:
+        """Begins to work on the parts of the model that were examined since the last time, equal on all ranks."""
+        if self._examination is None:
+            return
+        self._examination.settle()
+        if len(self._examination.parts) > self._parts:
+            self._parts = len(self._examination.parts)
+            if self._ready:
+                self._grow()
+                self._announce()
+            else:
+                self._begin()
 
     def _count_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Runs inside ``optimizer.step()``, after the update."""
@@ -324,41 +350,23 @@ class PlasticityCallback(Callback, ABC):
             if self._trainer is not None:
                 self.step()
 
-    # ---- the first forward pass
-
-    def _examine_example(self, inputs: tuple[Any, ...]) -> None:
-        """Examines what the scope is called with when the model is called with ``inputs``."""
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        if self.module is None:
-            calls.append((inputs, {}))
-        else:
-            note = self.uncompiled(lambda _, args, kwargs: calls.append((args, kwargs)))
-            handle = self.scope.register_forward_pre_hook(note, with_kwargs=True)
-            try:
-                with undisturbed(self.model), torch.no_grad():
-                    self.model.eval()(*inputs)
-            finally:
-                handle.remove()
-        if not calls:
-            raise ValueError(
-                f"module={self.module!r} must name a module that is called when the model is called with "
-                "example_inputs, but it was not. Name another, or leave example_inputs out: then the first training "
-                "call is examined."
+    def _nothing_seen(self) -> Exception:
+        """The error for a step before which no part of the model could be examined."""
+        failed = {} if self._examination is None else self._examination.failed
+        if not failed:
+            return RuntimeError(
+                f"{type(self).__name__} needs to see a forward pass in training mode before the first optimizer "
+                "step, but the model was not called as a module. Call it as self(x) or self.net(x) in "
+                "training_step, name the part that is called with module=, or give example_inputs to attach()."
             )
-        self._examine(ForwardCall(original(self.scope), self.prefix, *calls[0]))
-        forget_compiled_code()
-
-    def _begin_if_examined(self) -> None:
-        if not self._ready and self._first_calls is not None and self._first_calls.any_seen:
-            self._first_calls.finish()
-            self._begin()
-
-    def _warn_too_late(self, name: str) -> None:
-        warnings.warn(
-            f"{type(self).__name__} leaves {name!r} alone, because it was first called after the first optimizer step. "
-            f"Give it a callback of its own: {type(self).__name__}(..., module={name!r}).",
-            stacklevel=2,
+        name, error = next(iter(failed.items()))
+        what = f"{name!r}" if name else f"the {type(self.model).__name__}"
+        raised = RuntimeError(
+            f"{type(self).__name__} of lightning_plasticity could not examine {what} on the inputs of its first "
+            f"training call, nor any part of it: {error} Name a part that can run on an example with module=."
         )
+        raised.__cause__ = error
+        return raised
 
     # ---- a Trainer
 
@@ -402,6 +410,8 @@ class PlasticityCallback(Callback, ABC):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # No more: a callback that saves a checkpoint on exceptions comes later, and other ranks may be gone.
         self._remove_hooks()
+        if self._examination is not None:
+            self._examination.pause()
 
     # ---- checkpoints
 
@@ -435,12 +445,38 @@ class PlasticityCallback(Callback, ABC):
         return {**vars(self), "_saved_of": None}
 
 
+def _arguments(example_inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """The arguments and keyword arguments that an example is of."""
+    if isinstance(example_inputs, Mapping):
+        return (), example_inputs
+    if not isinstance(example_inputs, (tuple, list)):
+        raise ValueError(
+            "example_inputs must be a tuple of the model's inputs, a dict of its keyword inputs, or a pair of both, "
+            f"got {type(example_inputs).__name__}. Write example_inputs=(x,)."
+        )
+    match example_inputs:
+        case (tuple() as args, dict() as kwargs):
+            return args, kwargs
+    return example_inputs, {}
+
+
 def _torch_optimizer(optimizer: Any) -> Optimizer:
     """The torch optimizer inside Lightning's and Fabric's wrappers."""
     inner = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(inner, Optimizer):
         raise ValueError(f"A torch.optim.Optimizer is required, got {type(optimizer).__name__}.")
     return inner
+
+
+def few(names: Sequence[str], most: int = 4) -> str:
+    """The first of some names, and how many more there are.
+
+    Example:
+        >>> few(["a", "b", "c"], most=2)
+        "'a', 'b' and 1 more"
+    """
+    shown = ", ".join(map(repr, names[:most]))
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def whole_and_rest(count: float) -> tuple[int, float]:

@@ -35,6 +35,13 @@ class Maturity:
         self._mature = list(sizes)  # without the young
         self._young: list[deque[tuple[int, int]]] = [deque() for _ in sizes]  # step of replacement, number of units
 
+    def add(self, sizes: Sequence[int]) -> None:
+        """More sets, whose units are all of age 0."""
+        self._sizes += sizes
+        self.steps += [0] * len(sizes)
+        self._mature += sizes
+        self._young += [deque() for _ in sizes]
+
     def advance(self, index: int) -> int:
         """All units of a set grow one step older; how many are eligible now."""
         self.steps[index] += 1
@@ -55,31 +62,34 @@ class Maturity:
             self._young[index].append((self.steps[index], count))
             self._mature[index] -= count
 
-    def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
-        return {"steps": list(self.steps), "young": [list(young) for young in self._young]}
+    def state_of(self, index: int) -> dict[str, Any]:
+        """Of a set, for the checkpoint."""
+        return {"steps": self.steps[index], "young": [list(young) for young in self._young[index]]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From the checkpoint."""
-        self.steps = list(state["steps"])
-        self._young = [deque((step, count) for step, count in young) for young in state["young"]]
-        self._mature = [
-            size - sum(count for _, count in young) for size, young in zip(self._sizes, self._young, strict=True)
-        ]
+    def restore(self, index: int, state: dict[str, Any]) -> None:
+        """A set, from the checkpoint."""
+        self.steps[index] = state["steps"]
+        self._young[index] = deque((step, count) for step, count in state["young"])
+        self._mature[index] = self._sizes[index] - sum(count for _, count in self._young[index])
 
 
 class Ages:
     """The age of each unit, as the step at which it was new.
 
     Args:
-        spans: the place of each set in the flat array over units.
         maturity: counts the steps of each set.
-        device: where the units are.
     """
 
-    def __init__(self, spans: Sequence[slice], maturity: Maturity, device: torch.device) -> None:
-        self._spans, self._maturity = spans, maturity
-        self._new_at = torch.zeros(spans[-1].stop, dtype=torch.int64, device=device)
+    def __init__(self, maturity: Maturity) -> None:
+        self._maturity = maturity
+        self._spans: list[slice] = []
+        self._new_at = torch.zeros(0, dtype=torch.int64)
+
+    def add(self, spans: Sequence[slice], device: torch.device) -> None:
+        """More sets: their places in the flat array over units, after those of the others, and their device."""
+        self._spans += spans
+        more = torch.zeros(spans[-1].stop - spans[0].start, dtype=torch.int64, device=device)
+        self._new_at = torch.cat([self._new_at.to(device), more])
 
     def now(self) -> Tensor:
         """The ages of all units."""
@@ -93,7 +103,6 @@ class Ages:
         """Some units of a set are new."""
         self._new_at[self._spans[index]][units] = self._maturity.steps[index]
 
-    def restore(self, ages: Tensor) -> None:
-        """From the checkpoint, after the steps were."""
-        for steps, span in zip(self._maturity.steps, self._spans, strict=True):
-            self._new_at[span] = steps - ages[span].to(self._new_at)
+    def restore(self, index: int, ages: Tensor) -> None:
+        """The ages of a set, from the checkpoint, after its steps were."""
+        self._new_at[self._spans[index]] = self._maturity.steps[index] - ages.to(self._new_at)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_plasticity import checks
 from lightning_plasticity.editing.initial import InitialDistribution
 from lightning_plasticity.engine.activations import Activations, sum_of_sizes
-from lightning_plasticity.engine.base import ForwardCall, PlasticityCallback
+from lightning_plasticity.engine.base import PlasticityCallback, few
 from lightning_plasticity.engine.unit_sets import Reader, Table, UnitSet, channels_of, check_units, renamed
-from lightning_plasticity.units.find import HiddenUnits, explore
+from lightning_plasticity.units.calls import ForwardCall
+from lightning_plasticity.units.find import Findings, HiddenUnits, explore
+from lightning_plasticity.units.names import named_modules_as_written, original
 
 Index: TypeAlias = slice | Tensor
 
@@ -44,6 +47,7 @@ class Population:
         self._keep_inputs = keep_inputs
         self._given = checks.optional(checks.instances, "units", units, kind=HiddenUnits)
         self._exclude = checks.words("exclude", exclude)
+        self._handles: list[RemovableHandle] = []
         self.clear()
 
     def clear(self) -> None:
@@ -52,8 +56,11 @@ class Population:
         self.size = self.columns = 0
         self.device = torch.device("cpu")
         self.dtype = torch.float32  # of averages: at least this, whatever the precision of the network
-        self._refused: list[str] = []  # why layers or sets were left out
+        self._refused: dict[str, str] = {}  # why layers or sets were left out
         self._owners: dict[str, Optimizer | None] = {}
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
         self._readers: dict[str, list[Reader]] = {}
         self._by_number: list[Reader] = []
         self.activations = Activations(self._callback, self._reads_sizes, self._keep_inputs)
@@ -65,15 +72,17 @@ class Population:
 
     # ---- finding
 
-    def examine(self, call: ForwardCall) -> None:
-        """Finds the units of a module inside its first training call, in time to hear that call."""
-        found = call.on_one_example(lambda args, kwargs: explore(call.module, args, kwargs, explain=False))
-        self._add([renamed(units, call.prefix) for units in found.units])
-        self._refused += [f"{call.prefix}{name}: {reason}" for name, reason in found.left_out.items()]
+    def add_found(self, found: Findings) -> None:
+        """Takes in the units of a part of the model, whose layers are heard from now on."""
+        self._add(found.units)
+        self._refused |= found.left_out
 
-    def settle(self) -> None:
-        """Takes the given units, or checks that some were found."""
+    def add_given(self) -> None:
+        """Takes in the units that were given by hand."""
         self._add(self._given or ())
+
+    def check(self) -> None:
+        """Raises where there is nothing to work on."""
         name = type(self._callback).__name__
         where = type(self._callback.model).__name__ if self._callback.module is None else repr(self._callback.module)
         if not self.sets:
@@ -81,7 +90,7 @@ class Population:
                 f"{name} needs hidden units, but has none to work on in {where}. `find_units(model, example, "
                 "explain=True)` prints why layers are left out. Name the part of the model that has hidden units with "
                 "module=, exclude less, or give the units with units=."
-                + "".join(f"\n  {reason}" for reason in self._refused[:12])
+                + "".join(f"\n  {layer}: {reason}" for layer, reason in list(self._refused.items())[:12])
             )
         if not any(self._trains(unit_set) for unit_set in self.sets):
             raise ValueError(
@@ -90,11 +99,25 @@ class Population:
                 "Unfreeze them, hand them to the optimizer, or name another part of the model with module=."
             )
 
+    def in_words(self) -> str:
+        """How many units of how many layers there are, and which layers have none."""
+        made = {table.module for unit_set in self.sets for table in unit_set.producers}
+        layers = [
+            name
+            for name, module in named_modules_as_written(self._callback.scope, self._callback.module or "")
+            if any(p.ndim > 1 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Embedding)
+        ]
+        others = [name for name in layers if name not in made]
+        words = f"{self.size:,} units of {len(made)} layers (of {len(made) + len(others)})."
+        if others:
+            words += f" Left out: {few(others)}; find_units(model, example, explain=True) says why."
+        return words
+
     def _add(self, found: Iterable[HiddenUnits]) -> None:
         model = self._callback.model
         for units in found:
             if any(fnmatchcase(units.name, pattern) for pattern in self._exclude):
-                self._refused.append(f"{units.name}: it is excluded")
+                self._refused[units.name] = "it is excluded"
                 continue
             weights = check_units(model, units)
             self.device = weights[0].device
@@ -103,12 +126,13 @@ class Population:
                 tuple(Table.of(slots, units.size, self.device) for slots in part)
                 for part in (units.producers, units.norms, units.consumers)
             )
-            readers = tuple(self._add_reader(model.get_submodule(table.module), table) for table in consumers)
+            readers = tuple(self._add_reader(original(model.get_submodule(table.module)), table) for table in consumers)
             span = slice(self.size, self.size + units.size)
             self.size = span.stop
             self.sets.append(UnitSet(units, producers, norms, readers, span, weights))
             self._weights += weights
             self._is_plain &= len(readers) == 1 and readers[0].table.entries.shape[1] == 1
+        self._places = {}
         self.activations.add(self._by_number[len(self._outgoing_of) :], self.zeros)
         shares = [self.zeros(r.table.entries.numel()) + 1 / r.weights_per_column for r in self._by_number]
         self._share_of_weight = torch.cat([self.zeros(0), *shares])
@@ -130,7 +154,8 @@ class Population:
         if table.module not in self._readers:
             self._readers[table.module] = []
             hook = self.activations.hook(layer, self._readers[table.module])
-            self._callback.keep(layer.register_forward_pre_hook(hook))
+            self._handles.append(layer.register_forward_pre_hook(hook))
+            self._callback.keep(self._handles[-1])
         self._readers[table.module].append(reader)
         return reader
 
@@ -265,11 +290,6 @@ class Population:
             parts.append(rows.flatten(1).abs().mean(1, dtype=self.dtype))
         return torch.cat(parts)
 
-    def initial_distribution(self, init: Any) -> InitialDistribution:
-        """Records what the producers' weights start from."""
-        names = dict.fromkeys(f"{table.module}.weight" for unit_set in self.sets for table in unit_set.producers)
-        return InitialDistribution(self._callback.model, names, init)
-
     def replace(
         self, chosen: Mapping[int, Tensor], initial: InitialDistribution, compensate: Mapping[int, Sequence[Tensor]]
     ) -> None:
@@ -293,6 +313,16 @@ class Population:
         for unit_set, units in parts:
             for reader in unit_set.readers:
                 editor.zero_columns(reader.table.module, reader.table.of_units(units))
+
+
+def units_in(call: ForwardCall) -> Findings:
+    """The hidden units of what is called, with names inside the model: the question that methods on units ask."""
+    found = call.on_one_example(lambda args, kwargs: explore(call.module, args, kwargs, explain=False))
+    return Findings(
+        [renamed(units, call.prefix) for units in found.units],
+        {(call.prefix + name).rstrip("."): reason for name, reason in found.left_out.items()},
+        found.runs,
+    )
 
 
 def average_in(average: Tensor, places: Index, values: Tensor, weight: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from typing_extensions import Self, override
 from lightning_plasticity import checks
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.engine.base import PlasticityCallback
+from lightning_plasticity.engine.examination import Question
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class ScheduledCallback(PlasticityCallback):
         module: see :class:`PlasticityCallback`, as for all that follow.
         optimizer_state: what happens to the optimizer state of what is written.
         seed: of the method's own draws.
-        needs_example: whether a forward pass must be examined.
+        question: what must be known of the parts that training calls.
     """
 
     def __init__(
@@ -91,9 +92,9 @@ class ScheduledCallback(PlasticityCallback):
         module: str | None = None,
         optimizer_state: OptimizerState = "reset",
         seed: int | None = None,
-        needs_example: bool = False,
+        question: Question | None = None,
     ) -> None:
-        super().__init__(module=module, optimizer_state=optimizer_state, seed=seed, needs_example=needs_example)
+        super().__init__(module=module, optimizer_state=optimizer_state, seed=seed, question=question)
         self.schedule = schedule
         self._resumes = False
         self._last_epoch: int | None = None  # the last one after which it has acted
@@ -153,7 +154,7 @@ class ScheduledCallback(PlasticityCallback):
         self,
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
-        example_inputs: Sequence[Any] | None = None,
+        example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     ) -> Self:
         if self.schedule.every_n_epochs is not None:
             raise ValueError(

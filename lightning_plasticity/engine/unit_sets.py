@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from dataclasses import replace as changed
 
@@ -75,6 +76,11 @@ class UnitSet:
     weights: tuple[Tensor, ...]  # of producers and readers: what an edit writes to
 
     @property
+    def columns(self) -> slice:
+        """Its place in the flat arrays over columns."""
+        return slice(self.readers[0].columns.start, self.readers[-1].columns.stop)
+
+    @property
     def name(self) -> str:
         """The name of the layer that makes the units."""
         return self.units.name
@@ -85,6 +91,11 @@ def channels_of(layer: nn.Module) -> int:
     channels = layer.in_channels if isinstance(layer, _ConvNd) else layer.in_features
     assert isinstance(channels, int)
     return channels
+
+
+def weights_of_producers(sets: Iterable[UnitSet]) -> list[str]:
+    """The names of the weights that make the units of some sets, each once."""
+    return list(dict.fromkeys(f"{table.module}.weight" for unit_set in sets for table in unit_set.producers))
 
 
 def renamed(units: HiddenUnits, prefix: str) -> HiddenUnits:

@@ -106,19 +106,15 @@ def smallest(values: Tensor, count: int) -> Tensor:
 
 
 def below(values: Tensor, threshold: float, relative: bool = False) -> Tensor:
-    """Mask the entries whose magnitude is below a threshold, or at most this multiple of the tensor's mean magnitude.
-
-    Where all entries are 0, all are masked with a multiple; where the mean is not finite, none is.
+    """Mask the entries whose magnitude is below a threshold, or below this multiple of the tensor's mean magnitude.
 
     Example:
         >>> below(torch.tensor([1.0, -2.0, 3.0]), 2.0), below(torch.tensor([1.0, -2.0, 9.0]), 0.5, relative=True)
-        (tensor([ True, False, False]), tensor([ True,  True, False]))
+        (tensor([ True, False, False]), tensor([ True, False, False]))
     """
     magnitudes = values.abs()
-    if not relative:
-        return magnitudes < threshold
-    bound = threshold * magnitudes.mean(dtype=_wide(values.dtype))
-    return (magnitudes <= bound) & bound.isfinite()
+    bound = threshold * magnitudes.mean(dtype=_wide(values.dtype)) if relative else threshold
+    return magnitudes < bound
 
 
 def new_values(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,11 +21,12 @@ from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
 from lightning_plasticity.functional.substitution import call_with
+from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.channels import is_norm, tensors_in
+from lightning_plasticity.units.examining import undisturbed
 from lightning_plasticity.units.names import named_modules_as_written
-from lightning_plasticity.units.probing import undisturbed
 
-INPUT = ""  # what the network's own inputs carry
+INPUT = "(input)"  # what the network's own inputs carry
 
 _WITH_WEIGHTS = (
     nn.Linear,
@@ -38,7 +39,7 @@ _WITH_WEIGHTS = (
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class CalledLayer:
     """A layer with weights, or a normalisation layer, and the layers whose outputs reach its input in the same call.
 
@@ -46,43 +47,63 @@ class CalledLayer:
     """
 
     name: str
-    module: nn.Module
     sources: frozenset[str]
-
-    @property
-    def is_norm(self) -> bool:
-        """Whether it normalises, so that the scale of its input does not reach its output."""
-        return _normalises(self.module)
 
 
 @dataclass(frozen=True)
 class Flow:
-    """The layers of a network in the order of their first calls, and what reaches each tensor that it returns."""
+    """The layers of a network in the order of their first calls, and what reaches each tensor that it returns.
+
+    ``continues`` is whether its inputs had come through a network themselves.
+    """
 
     layers: tuple[CalledLayer, ...]
     outputs: tuple[frozenset[str], ...]
+    continues: bool = False
+
+    def then(self, other: Flow) -> Flow:
+        """This flow and one that is called after it, whose inputs may be what this one gives."""
+        given = self.outputs[-1] if self.outputs and other.continues else frozenset([INPUT])
+
+        def joined(sources: frozenset[str]) -> frozenset[str]:
+            return (sources - {INPUT}) | given if INPUT in sources else sources
+
+        layers = (CalledLayer(layer.name, joined(layer.sources)) for layer in other.layers)
+        return Flow((*self.layers, *layers), tuple(joined(sources) for sources in other.outputs))
 
 
-def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Flow:
+def flow_in(call: ForwardCall) -> Flow:
+    """The flow in what is called, with names inside the model."""
+    flow = call.on_one_example(lambda args, kwargs: trace(call.module, args, kwargs, call.prefix.rstrip(".")))
+    return replace(flow, continues=any(x.requires_grad for x in tensors_in((call.args, call.kwargs))))
+
+
+def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], name: str = "") -> Flow:
     """Runs a network on an example, without gradients, and leaves it as it was.
 
     A part that is called inside autocast is traced inside autocast, with the inputs that it has there.
     Layers that are called in training only, such as auxiliary heads, are seen as well where the network can be run so.
 
+    Args:
+        model: the network.
+        args: its inputs.
+        kwargs: its keyword inputs.
+        name: what names of layers begin with.
+
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
         >>> flow = trace(model, (torch.zeros(1, 2),), {})
         >>> [(layer.name, set(layer.sources)) for layer in flow.layers]
-        [('0', {''}), ('2', {'0'})]
+        [('0', {'(input)'}), ('2', {'0'})]
     """
     with undisturbed(model):
         try:
             # containers take training's path, while what would change or draw something evaluates
             for module in model.modules():
-                module.training = not (_normalises(module) or next(module.children(), None) is None)
-            return _run_traced(model, args, kwargs)
+                module.training = not (normalises(module) or next(module.children(), None) is None)
+            return _run_traced(model, args, kwargs, name)
         except Exception:  # training may want what no example has, for instance targets
-            return _run_traced(model.eval(), args, kwargs)
+            return _run_traced(model.eval(), args, kwargs, name)
 
 
 def run_with(
@@ -116,11 +137,11 @@ def _quietly() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
-def _run_traced(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Flow:
+def _run_traced(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], prefix: str) -> Flow:
     tracer = _Tracer()
     handles = []
-    for name, module in named_modules_as_written(model):
-        if isinstance(module, _WITH_WEIGHTS) or _normalises(module):
+    for name, module in named_modules_as_written(model, prefix):
+        if isinstance(module, _WITH_WEIGHTS) or normalises(module):
             handles.append(module.register_forward_pre_hook(tracer.before(name), with_kwargs=True))
             handles.append(module.register_forward_hook(tracer.after(name)))
     try:
@@ -128,7 +149,7 @@ def _run_traced(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
             tracer.mark((args, kwargs), frozenset([INPUT]))
             outputs = model(*args, **kwargs)
             return Flow(
-                tuple(CalledLayer(name, module, frozenset(tracer.sources[name])) for name, module in tracer.order),
+                tuple(CalledLayer(name, frozenset(sources)) for name, sources in tracer.sources.items()),
                 tuple(tracer.carried(x) for x in tensors_in(outputs)),
             )
     finally:
@@ -136,7 +157,8 @@ def _run_traced(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
             handle.remove()
 
 
-def _normalises(module: nn.Module) -> bool:
+def normalises(module: nn.Module) -> bool:
+    """Whether a module normalises, so that the scale of its input does not reach its output."""
     return is_norm(module) and not isinstance(module, nn.LocalResponseNorm)  # which does not take the scale away
 
 
@@ -146,8 +168,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._carried: dict[int, frozenset[str]] = {}
-        self.sources: dict[str, set[str]] = {}
-        self.order: list[tuple[str, nn.Module]] = []
+        self.sources: dict[str, set[str]] = {}  # in the order of first calls
 
     def carried(self, value: Any) -> frozenset[str]:
         """The names that the tensors in a value carry."""
@@ -162,10 +183,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The hook on a layer's input."""
 
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if name not in self.sources:
-                self.sources[name] = set()
-                self.order.append((name, module))
-            self.sources[name] |= self.carried((args, kwargs))
+            self.sources.setdefault(name, set()).update(self.carried((args, kwargs)))
 
         return hook
 

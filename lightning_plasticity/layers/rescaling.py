@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_plasticity.functional.soft_weight_rescaling import proportionality_error, tie
-from lightning_plasticity.layers.flow import INPUT, CalledLayer, Flow, run_with
+from lightning_plasticity.layers.flow import INPUT, Flow, normalises, run_with
+from lightning_plasticity.units.names import original
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,9 @@ class _Pair:
     bias: nn.Parameter | None
 
 
-def plan(flow: Flow, is_excluded: Callable[[str], bool] = lambda name: False, *, tie_streams: bool) -> Rescaling:
+def plan(
+    model: nn.Module, flow: Flow, is_excluded: Callable[[str], bool] = lambda name: False, *, tie_streams: bool
+) -> Rescaling:
     """Says for each weight, bias and running statistic of the called layers what it is to be multiplied by.
 
     A layer's output grows by the factor of its weight and by what its input has grown, and so must its bias. What a
@@ -61,6 +64,7 @@ def plan(flow: Flow, is_excluded: Callable[[str], bool] = lambda name: False, *,
     have grown alike.
 
     Args:
+        model: the network, in which the flow's names are looked up.
         flow: the layers, and what reaches them.
         is_excluded: names of layers that stay as they are.
         tie_streams: give layers that meet common factors.
@@ -69,7 +73,8 @@ def plan(flow: Flow, is_excluded: Callable[[str], bool] = lambda name: False, *,
         ValueError: if a bias would have to be multiplied by two things at once, or a frozen one by anything.
         RuntimeError: if a weight is computed from other tensors.
     """
-    stages = {layer.name: [] if is_excluded(layer.name) else _stages(layer) for layer in flow.layers}
+    modules = {layer.name: original(model.get_submodule(layer.name)) for layer in flow.layers}
+    stages = {name: [] if is_excluded(name) else _stages(name, module) for name, module in modules.items()}
     weights = _distinct_weights(pair for found in stages.values() for stage in found for pair in stage)
     if not weights:
         return Rescaling({}, [], torch.zeros(0, 0), torch.zeros(0, 0), [])
@@ -80,16 +85,17 @@ def plan(flow: Flow, is_excluded: Callable[[str], bool] = lambda name: False, *,
     norms = []
     for layer in flow.layers:
         of_input = growth[_last(layer.sources, growth)]
-        growth[layer.name] = torch.zeros_like(of_input) if layer.is_norm else of_input
+        module, is_norm = modules[layer.name], normalises(modules[layer.name])
+        growth[layer.name] = torch.zeros_like(of_input) if is_norm else of_input
         for stage in stages[layer.name]:
             before = growth[layer.name]
             for pair in stage:
                 growth[layer.name] = before + one[column[id(pair.weight)]]
                 _add(targets, pair.bias_name, pair.bias, growth[layer.name])
-        if layer.is_norm and not is_excluded(layer.name):
-            norms.append((layer.module, of_input))
-            _add(targets, f"{layer.name}.running_mean", layer.module._buffers.get("running_mean"), of_input)
-            _add(targets, f"{layer.name}.running_var", layer.module._buffers.get("running_var"), 2 * of_input)
+        if is_norm and not is_excluded(layer.name):
+            norms.append((module, of_input))
+            _add(targets, f"{layer.name}.running_mean", module._buffers.get("running_mean"), of_input)
+            _add(targets, f"{layer.name}.running_var", module._buffers.get("running_var"), 2 * of_input)
     is_frozen = torch.tensor([not weight.requires_grad for weight in weights.values()])
     groups, spread = one, one
     if tie_streams:
@@ -196,11 +202,11 @@ def _refuse_frozen_biases(targets: Sequence[Target], is_trained: Tensor) -> None
             )
 
 
-def _stages(layer: CalledLayer) -> list[list[_Pair]]:
+def _stages(name: str, module: nn.Module) -> list[list[_Pair]]:
     """A layer's weights: those of one stage side by side, those of the next after it."""
-    stages = [list(_pairs(layer.name, layer.module))]
-    if isinstance(layer.module, nn.MultiheadAttention):  # uses this layer's parameters without calling it
-        stages.append(list(_pairs(f"{layer.name}.out_proj", layer.module.out_proj)))
+    stages = [list(_pairs(name, module))]
+    if isinstance(module, nn.MultiheadAttention):  # uses this layer's parameters without calling it
+        stages.append(list(_pairs(f"{name}.out_proj".lstrip("."), module.out_proj)))
     return stages
 
 
@@ -215,4 +221,5 @@ def _pairs(name: str, module: nn.Module) -> Iterator[_Pair]:
     for key, parameter in module._parameters.items():
         if "weight" in key and parameter is not None:
             bias = key.replace("weight", "bias")
-            yield _Pair(f"{name}.{key}", parameter, f"{name}.{bias}", module._parameters.get(bias))
+            prefix = f"{name}." if name else ""
+            yield _Pair(prefix + key, parameter, prefix + bias, module._parameters.get(bias))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
-from lightning_plasticity.engine.forward import ForwardCall
-from lightning_plasticity.units.find import HiddenUnits, explore
+from lightning_plasticity.engine.examination import Part, is_inside
+from lightning_plasticity.engine.forward import allow_compiled_code, run_eagerly
+from lightning_plasticity.units.calls import ForwardCall
+from lightning_plasticity.units.find import Findings, HiddenUnits
+from lightning_plasticity.units.names import named_modules_as_written, original
 
 
 class FeatureReader:
@@ -25,6 +28,9 @@ class FeatureReader:
     convolutions and tokens.
 
     Args:
+        model: the whole model; names are counted from it.
+        scope: the module in it to read.
+        name: the name of this module; empty for the model itself.
         patterns: names or patterns (as in ``fnmatch``) of the layers to read; None for all that have hidden units. A
             pattern that fits no set of hidden units reads the output of each module that it fits, as it is.
         hears: asked in every call of a layer, between :meth:`start` and :meth:`stop`, whether it is to be read.
@@ -33,14 +39,19 @@ class FeatureReader:
 
     def __init__(
         self,
+        model: nn.Module,
+        scope: nn.Module,
+        name: str,
         patterns: Sequence[str] | None,
         hears: Callable[[], bool],
         receive: Callable[[str, Tensor], None],
     ) -> None:
+        self._model, self._scope, self._name = model, scope, name
         self._patterns, self._hears, self._receive = patterns, hears, receive
         self.layers: dict[str, int | None] = {}  # the dimension of units in the features; None where it is not known
         self._matched: set[str] = set()
-        self._left_out: list[str] = []
+        self._has_warned = False
+        self._left_out: dict[str, str] = {}
         self._registers: list[Callable[[], RemovableHandle]] = []  # each puts one hook in its place
         self._listening: ExitStack | None = None
 
@@ -48,7 +59,8 @@ class FeatureReader:
         """Listens from now on. Meanwhile compiled models run uncompiled: compiled code does not know of new hooks."""
         if self._listening is None:
             self._listening = ExitStack()
-            self._listening.enter_context(torch.compiler.set_stance("force_eager"))
+            self._listening.callback(allow_compiled_code, self)
+            run_eagerly(self)
             for register in self._registers:
                 self._listening.enter_context(register())
 
@@ -58,28 +70,42 @@ class FeatureReader:
             self._listening.close()
             self._listening = None
 
-    def examine(self, call: ForwardCall) -> None:
-        """Finds layers inside the first call of a module, in time to read that call."""
-        found = call.on_one_example(lambda args, kwargs: explore(call.module, args, kwargs, explain=False))
-        self._left_out += [f"{call.prefix}{name}: {reason}" for name, reason in found.left_out.items()]
-        sets = {call.prefix + units.name: units for units in found.units}
-        modules = {call.prefix + name: module for name, module in call.module.named_modules() if name}
+    def hear_of(self, part: Part, call: ForwardCall | None) -> None:
+        """Takes in the layers of a part of the model, in time to read the call that is about to go on."""
+        self.add(part.found, part.name)
+
+    def forget_parts(self) -> None:
+        """Forgets all layers."""
+        self.stop()
+        self.layers, self._matched, self._left_out, self._registers = {}, set(), {}, []
+
+    def add(self, found: Findings, part: str) -> None:
+        """Takes in the hidden layers that were found in the part of the model that has this name."""
+        self._left_out |= found.left_out
+        sets = {units.name: units for units in found.units}
         for name, units in sets.items():
             if self._patterns is None or any(_fits(name, pattern) for pattern in self._patterns):
                 self.layers[name] = -1
-                self._read_units(name, units, call.module)
+                self._read_units(name, units)
         for pattern in self._patterns or ():
             if any(_fits(name, pattern) for name in sets):
                 self._matched.add(pattern)
-                continue
-            for name, module in modules.items():
-                if fnmatchcase(name, pattern):
-                    self._matched.add(pattern)
-                    self.layers[name] = None
-                    self._read_output(name, module)
+            elif pattern not in self._matched:
+                self._add_outputs(pattern, part)
 
-    def check(self) -> None:
-        """Raises where nothing is read, or not all that was asked for."""
+    def _add_outputs(self, pattern: str, part: str) -> None:
+        for name, module in named_modules_as_written(self._scope, self._name):
+            if name != self._name and is_inside(name, part) and fnmatchcase(name, pattern):
+                self._matched.add(pattern)
+                self.layers[name] = None
+                self._read_output(name, module)
+
+    def check(self, failed: Mapping[str, Exception]) -> None:
+        """Raises where a layer that was asked for is not read, and warns where there is none to read.
+
+        Args:
+            failed: the parts of the model that could not be examined, and why.
+        """
         if self._patterns is not None:
             unmatched = [pattern for pattern in self._patterns if pattern not in self._matched]
             if unmatched:
@@ -87,16 +113,19 @@ class FeatureReader:
                     "layers= must name layers of modules that training calls, but nothing has the name or pattern "
                     f"{', '.join(map(repr, unmatched))}. model.named_modules() lists the names."
                 )
-        elif not self.layers:
-            raise ValueError(
-                "Measures of features need hidden layers, but none was found. `find_units(model, example, "
-                "explain=True)` prints why layers are left out. Name the modules whose output to measure with layers=, "
-                "or the part of the model with hidden units with module=, or give only metrics that need no features."
-                + "".join(f"\n  {reason}" for reason in self._left_out[:12])
+        elif not self.layers and not self._has_warned:
+            self._has_warned = True
+            reasons = list({**failed, **self._left_out}.items())[:12]
+            warnings.warn(
+                "Measures of features need hidden layers, but none was found: these measures are left out. "
+                "`find_units(model, example, explain=True)` prints why. Name the modules whose output to measure with "
+                "layers=, the part of the model that has hidden units with module=, or give other metrics only."
+                + "".join(f"\n  {layer}: {reason}" for layer, reason in reasons),
+                stacklevel=2,
             )
 
-    def _read_units(self, name: str, units: HiddenUnits, model: nn.Module) -> None:
-        consumer = model.get_submodule(units.consumers[0].module)
+    def _read_units(self, name: str, units: HiddenUnits) -> None:
+        consumer = original(self._model.get_submodule(units.consumers[0].module))
         weight = consumer.weight
         assert isinstance(weight, Tensor)
         slots = units.consumers[0]

@@ -78,7 +78,7 @@ def test_same_units_at_the_same_steps_as_the_slow_reference(utility, build, step
     assert [chosen for chosen in expected if chosen] == choices
     assert method.replaced == sum(len(units) for chosen in choices for units in chosen.values()) > 0
     utilities = torch.tensor([u for layer in reference.u for u in layer], dtype=torch.float64)
-    torch.testing.assert_close(method._utility, utilities, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(method._averages["utility"], utilities, rtol=1e-5, atol=1e-9)
     for parameter, slow in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
         torch.testing.assert_close(parameter, slow, rtol=1e-6, atol=1e-8)
 

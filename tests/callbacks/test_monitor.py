@@ -446,8 +446,9 @@ def test_two_processes_measure_what_one_measures_on_all_data(tmp_path):
             assert its_step == step
             assert values == pytest.approx(expected, rel=1e-6)
     for rank in (first, second):
-        assert [call for call in rank["talk"] if call[0] not in (4, 9)] == [
-            call for call in rank["without"] if call[0] not in (4, 9)
+        # In the first step they compare the layers that they found.
+        assert [call for call in rank["talk"] if call[0] not in (0, 4, 9)] == [
+            call for call in rank["without"] if call[0] not in (0, 4, 9)
         ]
         assert len(rank["talk"]) > len(rank["without"])
         assert rank["probe"] == rank["without"]
@@ -505,13 +506,20 @@ class ReturnsTuple(LightningNetwork):
         return self.net(x)[0]
 
 
+def test_a_model_without_hidden_layers_is_measured_without_them() -> None:
+    monitor = PlasticityMonitor([M.EffectiveRank(), M.WeightNorm()], every_n_train_steps=1)
+    with pytest.warns(UserWarning, match="need hidden layers, but none was found: these measures are left out"):
+        fit(monitor, module=Linear)
+    assert "WeightNorm" in monitor.history
+    assert "EffectiveRank" not in monitor.history
+
+
 @pytest.mark.parametrize(
     ("module", "arguments", "message"),
     [
         (LightningNetwork, {"module": "nets"}, "module= must name a module of LightningNetwork, got 'nets'"),
         (LightningNetwork, {"layers": ["net.second", "third"]}, "nothing has the name or pattern 'third'"),
         (LightningNetwork, {"metrics": [TwoNumbers()]}, r"must give one number, but that of 'TwoNumbers' gives \(2,\)"),
-        (Linear, {}, "none was found"),
         (WithoutForward, {"probe_batch": PAIR[0]}, "WithoutForward cannot be called with probe_batch"),
         (ReturnsTuple, {"layers": "net"}, "'net' returns tuple"),
     ],

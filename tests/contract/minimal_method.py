@@ -11,8 +11,13 @@ from typing_extensions import override
 
 from lightning_plasticity.distributed import gather_over_ranks, share_of_this_rank, sum_over_ranks
 from lightning_plasticity.editing.initial import InitialDistribution
-from lightning_plasticity.engine.base import ForwardCall, PlasticityCallback, in_backward
-from lightning_plasticity.units.find import HiddenUnits, explore
+from lightning_plasticity.engine.base import PlasticityCallback
+from lightning_plasticity.engine.examination import Part
+from lightning_plasticity.engine.forward import in_backward
+from lightning_plasticity.engine.population import units_in
+from lightning_plasticity.units.calls import ForwardCall
+from lightning_plasticity.units.examining import is_examining
+from lightning_plasticity.units.find import HiddenUnits
 
 
 @dataclass
@@ -37,7 +42,7 @@ class NoisyUnits(PlasticityCallback):
     """
 
     def __init__(self, every_n_steps: int | None, **common: Any) -> None:
-        super().__init__(needs_example=True, **common)
+        super().__init__(question=units_in, **common)
         self.every_n_steps = every_n_steps
         self._watched: list[Watched] = []
 
@@ -46,16 +51,14 @@ class NoisyUnits(PlasticityCallback):
         return super().attach(*args, **kwargs)
 
     @override
-    def _examine(self, call: ForwardCall) -> None:
-        if not call.prefix or call.prefix == self.prefix:
-            self._watched = []
-        for units in call.on_one_example(lambda args, kwargs: explore(call.module, args, kwargs, explain=False).units):
-            layer = self.model.get_submodule(call.prefix + units.producers[0].module)
+    def hear_of(self, part: Part, call: ForwardCall | None) -> None:
+        for units in part.found.units:
+            layer = self.model.get_submodule(units.producers[0].module)
             zeros = torch.zeros(units.size, device=layer.weight.device)
             watched = Watched(
                 units,
-                call.prefix + units.producers[0].module,
-                [call.prefix + slots.module for slots in units.consumers],
+                units.producers[0].module,
+                [slots.module for slots in units.consumers],
                 average=zeros,
                 heard=zeros.clone(),
             )
@@ -64,18 +67,35 @@ class NoisyUnits(PlasticityCallback):
 
     def _hear(self, watched: Watched) -> Callable[[nn.Module, Any, Tensor], None]:
         def hear(_: nn.Module, args: Any, output: Tensor) -> None:
-            if self.scope_is_training and not in_backward():
+            if self.scope_is_training and not in_backward() and not is_examining():
                 watched.heard += output.detach().abs().sum(0, dtype=torch.float32)
                 watched.examples += len(output)
 
         return hear
 
     @override
+    def forget_parts(self) -> None:
+        self._watched = []
+
+    @override
     def _start(self) -> None:
         if not self._watched:
             raise ValueError(f"{type(self).__name__} found no hidden units.")
-        self._initial = InitialDistribution(self.model, [f"{watched.layer}.weight" for watched in self._watched])
+        self._initial = InitialDistribution(self.model, ())
+        self._grow()
         self.replaced = 0
+
+    @override
+    def _grow(self) -> None:
+        self._initial.add([f"{watched.layer}.weight" for watched in self._watched])
+
+    @override
+    def _stop(self) -> None:
+        self._watched = []
+
+    @override
+    def _works_on(self) -> str:
+        return f"{sum(watched.units.size for watched in self._watched)} units."
 
     @override
     def _after_step(self, optimizer: Optimizer | None) -> None:

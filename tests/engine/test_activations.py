@@ -151,7 +151,10 @@ def test_inductor(build, name, compiler):
     method, model, choices = run(build, METHODS[name], lambda m: whole(m, "inductor"), once_compiled=True)
     twin, other, expected_choices = run(build, METHODS[name])
     assert choices == expected_choices != []
-    for ours, theirs in ((method._utility, twin._utility), (method._activation, twin._activation)):
+    for ours, theirs in (
+        (method._averages["utility"], twin._averages["utility"]),
+        (method._averages["activation"], twin._averages["activation"]),
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
     for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
@@ -177,7 +180,7 @@ def test_mixed_precision():
     make = METHODS["ContinualBackprop"]
     found = run(Mixed, make, whole, once_compiled=True, data=mlp)
     assert_as_in_eager_mode(found, run(Mixed, make, data=mlp))
-    assert found[0]._activation.dtype == torch.float32
+    assert found[0]._averages["activation"].dtype == torch.float32
 
 
 class Checkpointed(nn.Module):
@@ -226,13 +229,13 @@ def test_validation_is_not_heard(quiet):
     compiled = whole(model)
     compiled(batches[0][0])
     heard = method._population.activations.state()
-    assert heard["rows"].flatten().tolist() == [4, 4]
+    assert heard[1].tolist() == [4, 4]
     compiled.eval()
     with quiet():
         compiled(batches[1][0])
     assert_same(method._population.activations.state(), heard)
     compiled.train()(batches[2][0])
-    assert method._population.activations.state()["rows"].flatten().tolist() == [8, 8]
+    assert method._population.activations.state()[1].tolist() == [8, 8]
 
 
 def test_detaching_stops_it():

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from typing_extensions import override
 
-from lightning_plasticity.engine.base import ForwardCall, PlasticityCallback, whole_and_rest
+from lightning_plasticity.engine.base import PlasticityCallback, whole_and_rest
+from lightning_plasticity.engine.examination import Part
 from lightning_plasticity.engine.forward import is_redirected
+from lightning_plasticity.units.calls import ForwardCall
+from lightning_plasticity.units.examining import undisturbed
 
 EXAMPLE = (torch.zeros(2, 6),)
 
@@ -117,37 +120,54 @@ def test_sharded_parameters(mark: str) -> None:
 
 
 def test_child_that_is_first_called_after_the_first_step() -> None:
-    model, method = nn.ModuleDict({"net": layers(), "later": layers()}), NoisyUnits(3)
+    model, method = nn.ModuleDict({"net": layers(), "later": layers()}), NoisyUnits(1)
     optimizer = adam(model.parameters())
     method.attach(model, optimizer)
 
     def train(child: str) -> None:
         model[child](torch.ones(4, 6)).sum().backward()
         optimizer.step()
+        optimizer.zero_grad()
         method.step()
 
     train("net")
-    assert not model._forward_pre_hooks
-    with pytest.warns(UserWarning, match=r"NoisyUnits leaves 'later' alone, .* NoisyUnits\(..., module='later'\)"):
-        train("later")
-    train("later")  # said once
-    assert not model["later"]._forward_pre_hooks
+    assert [watched.layer for watched in method._watched] == ["net.first", "net.second"]
+    assert not hooks(model["net"].head)
+    train("later")
+    assert [watched.layer for watched in method._watched] == ["net.first", "net.second", "later.first", "later.second"]
+    assert method.replaced == 4
+    method.detach()
+    assert hooks(model) == 0
 
 
 # ---- when it examines and starts
 
 
+def shapes_in(call: ForwardCall) -> Any:
+    def run(args: tuple[Any, ...], kwargs: Any) -> list[int]:
+        with torch.no_grad():
+            call.module.eval()(*args, **kwargs)
+        return [x.shape[0] for x in (*args, *kwargs.values())]
+
+    with undisturbed(call.module):
+        return call.on_one_example(run)
+
+
 class Recorder(PlasticityCallback):
     """Writes down what the base class asks for."""
 
-    def __init__(self, needs_example: bool = True, **common: Any) -> None:
-        super().__init__(needs_example=needs_example, **common)
+    def __init__(self, asks: bool = True, **common: Any) -> None:
+        super().__init__(question=shapes_in if asks else None, **common)
         self.events: list[Any] = []
 
     @override
-    def _examine(self, call: ForwardCall) -> None:
-        shapes = call.on_one_example(lambda args, kwargs: [x.shape[0] for x in (*args, *kwargs.values())])
-        self.events.append(("examine", call.prefix, type(call.module).__name__, shapes))
+    def hear_of(self, part: Part, call: ForwardCall | None) -> None:
+        assert call is not None
+        self.events.append(("hear of", part.name, type(call.module).__name__, part.found))
+
+    @override
+    def _works_on(self) -> str:
+        return "nothing."
 
     @override
     def _start(self) -> None:
@@ -183,7 +203,7 @@ def test_examines_once_and_starts_before_the_first_step() -> None:
     model.train()
     train_one_batch(model, optimizer, method)
     train_one_batch(model, optimizer, method)
-    assert method.events == [("examine", "", "Network", [1]), "start", "step", "step"]
+    assert method.events == [("hear of", "", "Network", [1]), "start", "step", "step"]
     assert all(torch.equal(a, b) for a, b in zip(method.initial, initial, strict=True))
     method.detach()
     assert method.events[-1] == "stop"
@@ -211,7 +231,7 @@ def test_starts_before_the_first_step_of_an_optimizer_that_calls_a_closure() -> 
 def test_example_inputs_start_at_once() -> None:
     model, method = seeded(Network), Recorder()
     method.attach(model, adam(model.parameters()), EXAMPLE)
-    assert method.events == [("examine", "", "Network", [1]), "start"]
+    assert method.events == [("hear of", "", "Network", [1]), "start"]
 
 
 def test_example_inputs_are_those_of_the_model_also_with_module() -> None:
@@ -224,13 +244,13 @@ def test_example_inputs_are_those_of_the_model_also_with_module() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     flags = [module.training for module in model.modules()]
     method.attach(model, adam(model.parameters()), (torch.ones(1, 6),))
-    assert method.events == [("examine", "net.second.", "Linear", [1]), "start"]
+    assert method.events == [("hear of", "net.second", "Linear", [1]), "start"]
     assert [module.training for module in model.modules()] == flags
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_without_need_of_an_example_it_starts_at_once() -> None:
-    model, method = seeded(Network), Recorder(needs_example=False)
+    model, method = seeded(Network), Recorder(asks=False)
     method.attach(model, adam(model.parameters()))
     assert method.events == ["start"]
 
@@ -243,7 +263,7 @@ def test_the_whole_is_not_examined_after_its_children() -> None:
 
     method = Recorder()
     fit(method, module=ChildFirst, max_steps=2)
-    assert method.events == [("examine", "net.", "Sequential", [1]), "start", "step", "step", "stop"]
+    assert method.events == [("hear of", "net", "Sequential", [1]), "start", "step", "step", "stop"]
 
 
 def test_whole_batch_where_one_example_does_not_do() -> None:
@@ -259,14 +279,14 @@ def test_whole_batch_where_one_example_does_not_do() -> None:
 
 
 def test_every_call_counts_where_there_is_no_optimizer() -> None:
-    method = Recorder(needs_example=False).attach(Network())
+    method = Recorder(asks=False).attach(Network())
     method.step()
     method.step()
     assert method.optimizer_steps == 2
 
 
 def test_a_step_without_gradients_in_the_scope_does_not_count() -> None:
-    model, method = seeded(Network), Recorder(needs_example=False, module="net.head")
+    model, method = seeded(Network), Recorder(asks=False, module="net.head")
     optimizer = adam(model.parameters())
     method.attach(model, optimizer)
     model.net.head.requires_grad_(False)
@@ -278,7 +298,7 @@ def test_a_step_without_gradients_in_the_scope_does_not_count() -> None:
 
 
 def test_steps_since_the_last_call_all_count() -> None:
-    model, method = seeded(Network), Recorder(needs_example=False)
+    model, method = seeded(Network), Recorder(asks=False)
     optimizer = adam(model.parameters())
     method.attach(model, [optimizer])
     model(*EXAMPLE).sum().backward()
@@ -295,7 +315,7 @@ def test_tells_which_optimizer_has_stepped() -> None:
         def _after_step(self, optimizer: Any) -> None:
             self.events.append(optimizer)
 
-    model, method = seeded(Network), Tells(needs_example=False)
+    model, method = seeded(Network), Tells(asks=False)
     first, second = adam(model.net.first.parameters()), adam(model.net.second.parameters())
     method.attach(model, (first, second))
     model(*EXAMPLE).sum().backward()
@@ -306,7 +326,7 @@ def test_tells_which_optimizer_has_stepped() -> None:
 
 
 def test_optimizer_of_finds_by_identity() -> None:
-    model, method = seeded(Network), Recorder(needs_example=False)
+    model, method = seeded(Network), Recorder(asks=False)
     first, second = adam(model.net.first.parameters()), adam(model.net.second.parameters())
     method.attach(model, [first, second])
     assert method.optimizer_of(model.net.second.bias) is second

@@ -27,6 +27,10 @@ class Notes(ScheduledCallback):
         pass
 
     @override
+    def _works_on(self) -> str:
+        return "nothing."
+
+    @override
     def _act(self) -> None:
         assert not torch.is_grad_enabled()
         self.acted.append(self.optimizer_steps)

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from lightning_plasticity.units import __main__ as command
 from lightning_plasticity.units import explore, is_examining
+from lightning_plasticity.units.examining import undisturbed
 from lightning_plasticity.units.find import HiddenUnits, Slots, find_units
-from lightning_plasticity.units.probing import undisturbed
 from units.property_check import holds, invalid, output_change
 
 
