@@ -68,18 +68,22 @@ class SelectiveReinit(ScheduledCallback):
             a schedule. The gradient is the one of the step just made, clipped and unscaled; the weight is the one that
             this step led to, and that would be replaced. In a plain loop, call ``step()`` before ``zero_grad()``.
         decay_rate: :math:`\eta` of a running average of the gradient utility, :math:`u \leftarrow \eta u + (1 - \eta)
-            |w \cdot \partial L / \partial w|`, corrected for its start at 0; with 0.0 the last step decides. The record
-            of a weight says nothing about its new value, which takes over the tensor's mean average.
+            |w \cdot \partial L / \partial w|`, corrected for its start at 0; with 0.0 the last step decides.
+        forget: what the average forgets each time it acts. ``"renewed"``: the record of weights that got new values,
+            which take over the tensor's mean average. ``"all"``, as published: all begins anew, so that only the steps
+            since the last time count, which chooses more by chance.
         threshold: choose all weights whose utility is below this value.
-        relative_threshold: choose all whose utility is below this multiple of the tensor's mean utility.
+        relative_threshold: choose all whose utility is at most this multiple of the tensor's mean utility.
         zero_biases: also set biases to 0 when it acts once: True those of the same layers, ``"all"`` also the shifts of
-            normalisation layers. On a schedule biases are left alone.
+            normalisation layers. None takes True with a ``case``, as published, and otherwise False: networks whose
+            biases matter lose much of what they know. On a schedule biases are left alone.
         every_n_train_steps: act after every so many optimizer steps.
         every_n_epochs: act after every so many epochs, as the next one begins.
         include: patterns (as in ``fnmatch``) of names of layers to work on.
         exclude: patterns of names of layers to leave alone.
         module: the name of the module inside the model to work on; None for all of it.
-        optimizer_state: ``"reset"`` or ``"keep"`` the optimizer state of the weights that get new values.
+        optimizer_state: what the optimizer remembers of weights that get new values. ``"survivors"``: no momentum, and
+            the mean size of the gradients of the others in the tensor; ``"reset"``: nothing; ``"keep"``: all.
         seed: of the draws, which are equal on every rank.
 
     Raises:
@@ -106,15 +110,16 @@ class SelectiveReinit(ScheduledCallback):
         case: str | None = None,
         utility: Utility = "magnitude",
         decay_rate: float = 0.0,
+        forget: Literal["renewed", "all"] = "renewed",
         threshold: float | None = None,
         relative_threshold: float | None = None,
-        zero_biases: bool | Literal["all"] = True,
+        zero_biases: bool | Literal["all"] | None = None,
         every_n_train_steps: int | None = None,
         every_n_epochs: int | None = None,
         include: Sequence[str] | str = "*",
         exclude: Sequence[str] | str = (),
         module: str | None = None,
-        optimizer_state: OptimizerState = "reset",
+        optimizer_state: OptimizerState = "survivors",
         seed: int | None = None,
     ) -> None:
         once = every_n_train_steps is None and every_n_epochs is None
@@ -135,7 +140,9 @@ class SelectiveReinit(ScheduledCallback):
         self.decay_rate = checks.number("decay_rate", decay_rate, least=0, below=1)
         self.threshold = checks.optional(checks.number, "threshold", threshold, least=0)
         self.relative_threshold = checks.optional(checks.number, "relative_threshold", relative_threshold, least=0)
-        self.zero_biases: bool | Literal["all"] = checks.choice("zero_biases", zero_biases, (True, False, "all"))
+        self.forget = checks.choice("forget", forget, ("renewed", "all"))
+        zeroed = case is not None and once if zero_biases is None else zero_biases
+        self.zero_biases: bool | Literal["all"] = checks.choice("zero_biases", zeroed, (True, False, "all"))
         self.patterns = LayerPatterns(checks.words("include", include), checks.words("exclude", exclude))
         self._check_combination()
         self._applied = False
@@ -182,6 +189,11 @@ class SelectiveReinit(ScheduledCallback):
             raise ValueError(
                 f"decay_rate belongs to utility='gradient', got {self.decay_rate} with {self.utility!r}. "
                 "Leave it out, or change utility."
+            )
+        if self.forget == "all" and not self.decay_rate > 0:
+            raise ValueError(
+                "forget='all' belongs to a running average, got it with decay_rate=0.0, where the last step decides. "
+                "Leave it out, or give a decay_rate."
             )
         if self.threshold is not None and self.relative_threshold is not None:
             raise ValueError(
@@ -255,7 +267,10 @@ class SelectiveReinit(ScheduledCallback):
     @override
     def _act(self) -> None:
         due = self._due()
-        judged = {name: w for name, w in self._weights.items() if id(w) in due and self._is_judged(name, w)}
+        own = {name: weight for name, weight in self._weights.items() if id(weight) in due}
+        if not own and self._stepped_last is not None:
+            return  # it was the step of an optimizer that trains biases, or embeddings
+        judged = {name: weight for name, weight in own.items() if self._is_judged(name, weight)}
         if not judged:
             raise RuntimeError(
                 f"{type(self).__name__} needs weights that are trained and, with utility='gradient', have a gradient, "
@@ -291,7 +306,9 @@ class SelectiveReinit(ScheduledCallback):
             new = new_values(weight, mask, self.reinit, generator, self.std)
         write = self.editor.write_masked if new.dim() == 0 else self.editor.write_packed
         write(weight, mask, new)
-        if self._averages_gradients:
+        if self._averages_gradients and self.forget == "all":
+            self._averages.forget(name)
+        elif self._averages_gradients:
             self._averages.renew(name, mask)
         return int(torch.count_nonzero(mask))
 

@@ -37,7 +37,7 @@ class Editor:
     The state of an entry is found by the parameter's identity, in what has the parameter's shape. It starts from 0,
     except where the optimizer starts elsewhere: Adagrad's ``initial_accumulator_value``, Rprop's learning rate, the
     weight itself where the weight is averaged (ASGD). Step counts belong to whole tensors, and start again only with
-    these. State of another shape (Adafactor's factors, the history of LBFGS) stays, and a warning says so once. Of two
+    these. State of another shape (Adafactor's factors) stays, and a warning says so once; LBFGS begins anew. Of two
     parameters over the same memory only the one that is named has its state renewed; one parameter that two modules
     share is no such case. :meth:`shift_bias` and :meth:`clamp` renew nothing: what they write is still the same entry.
 
@@ -244,6 +244,8 @@ class Editor:
         """Bring every entry into ``[-limit, limit]``. Optimizer state stays: a bound renews nothing."""
         if not tensors:
             return
+        if self._state.has_lbfgs:  # which has to know of it, where anything is beyond the limit
+            self._state.restart_lbfgs([t for t in tensors if t.numel() and t.abs().amax() > limit])
         if tensors[0].device.type == "cpu":  # one pass over each instead of two
             for tensor in tensors:
                 tensor.clamp_(-limit, limit)

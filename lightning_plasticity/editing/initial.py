@@ -126,8 +126,15 @@ class InitialDistribution:
         return values.to(parameter.device, parameter.dtype)
 
     def mean(self, name: str) -> float:
-        """The mean of a parameter's initial distribution: 0 for ``"kaiming_uniform"``, otherwise the mean recorded."""
-        return 0.0 if self._init == "kaiming_uniform" else self._moments[name][0]
+        """The mean of the distribution that a parameter started from: 0 for ``"kaiming_uniform"``.
+
+        Otherwise it is told from the values recorded: 0 if their mean is no further from it than chance explains, which
+        is five standard errors.
+        """
+        if self._init == "kaiming_uniform":
+            return 0.0
+        mean, std = self._moments[name]
+        return 0.0 if abs(mean) <= 5 * std / math.sqrt(self._parameter(name).numel()) else mean
 
     def state_dict(self) -> dict[str, Any]:
         """What was recorded, for a checkpoint."""

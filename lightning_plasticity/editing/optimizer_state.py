@@ -1,7 +1,7 @@
 """What becomes of an optimizer's memory of the entries of a parameter that get new values."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -38,6 +38,9 @@ class EntryState:
       the whole tensor, says otherwise: its first updates are too large, by up to 6.6 learning rates.
     - ``"keep"``: nothing is touched.
 
+    LBFGS remembers how gradients change along its own steps, for all of its parameters together. A weight that somebody
+    else has changed makes that wrong, and later steps may then be of any size: it begins anew, with every mode.
+
     A whole tensor that is renewed has no survivors: with both modes it starts as in a fresh optimizer, its count of
     steps too.
 
@@ -60,13 +63,16 @@ class EntryState:
     def __init__(self, optimizers: Iterable[Optimizer], mode: OptimizerState) -> None:
         if mode not in OPTIMIZER_STATES:
             raise ValueError(f"optimizer_state must be one of {OPTIMIZER_STATES}, but is {mode!r}.")
+        every = [level for optimizer in optimizers for level in levels(optimizer)]
+        self._lbfgs = [level for level in every if isinstance(level, LBFGS)]
         # Without any where state is kept: it is asked first, for some methods write all tensors at every step.
-        self._optimizers = [] if mode == "keep" else [level for optimizer in optimizers for level in levels(optimizer)]
+        self._optimizers = [] if mode == "keep" else every
         self._mode = mode
         self._has_warned = False
 
     def renew(self, parameter: Tensor, index: _Index, view: Callable[[Tensor], Tensor]) -> None:
         """Renew the entries at an index of what ``view`` makes of a tensor of the parameter's shape."""
+        self.restart_lbfgs([parameter])
         for key, state, initial in self.of(parameter):
             entries = view(state)
             if not self._follows_survivors(key):
@@ -80,6 +86,7 @@ class EntryState:
 
     def renew_masked(self, parameter: Tensor, mask: Tensor) -> None:
         """Renew the entries where a mask of the parameter's shape is true."""
+        self.restart_lbfgs([parameter])
         for key, state, initial in self.of(parameter):
             if self._follows_survivors(key):
                 survivors = mask.numel() - torch.count_nonzero(mask)
@@ -89,14 +96,26 @@ class EntryState:
                 initial = _finite(mean).to(state.dtype)
             torch.where(mask, initial, state, out=state)
 
-    def renew_whole(self, parameters: Iterable[Tensor]) -> None:
+    def renew_whole(self, parameters: Sequence[Tensor]) -> None:
         """Renew all entries of parameters, and the counts that belong to them."""
+        self.restart_lbfgs(parameters)
         for parameter in parameters if self._optimizers else ():
             for _, state, initial in self.of(parameter):
                 state.copy_(initial)
             for optimizer in self._optimizers:
                 if not isinstance(optimizer, LBFGS):
                     restart_counts(optimizer, parameter)
+
+    @property
+    def has_lbfgs(self) -> bool:
+        """Whether there is an optimizer that must know of every change."""
+        return bool(self._lbfgs)
+
+    def restart_lbfgs(self, parameters: Sequence[Tensor]) -> None:
+        """Let LBFGS begin anew, where it trains one of these parameters."""
+        for optimizer in self._lbfgs:
+            if optimizer.state and any(_group(optimizer, parameter) is not None for parameter in parameters):
+                optimizer.state.clear()  # it is kept with the first parameter, for all
 
     def _follows_survivors(self, key: str) -> bool:
         return self._mode == "survivors" and key in _SIZES_OF_GRADIENTS
@@ -107,10 +126,7 @@ class EntryState:
         State that has no value for each entry is left out, and a warning says so the first time.
         """
         for optimizer in self._optimizers:
-            # LBFGS keeps one flat history of all its parameters, with the first of them.
             if isinstance(optimizer, LBFGS):
-                if optimizer.state and _group(optimizer, parameter) is not None:
-                    self._warn_once(optimizer, "old_dirs")
                 continue
             for key, state in optimizer.state.get(parameter, {}).items():
                 if key in _COUNTERS:

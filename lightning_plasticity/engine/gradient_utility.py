@@ -61,6 +61,11 @@ class GradientUtility:
         """Forget the record of the masked weights: they get the tensor's mean average."""
         self._averages[name].masked_fill_(mask, self._averages[name].mean())
 
+    def forget(self, name: str) -> None:
+        """Begin the average of a tensor anew."""
+        self._averages.pop(name)
+        self._updates.pop(name)
+
     def state_dict(self) -> dict[str, Any]:
         """The averages and how many steps are in them, for a checkpoint."""
         averages = {name: average.clone() for name, average in self._averages.items()}

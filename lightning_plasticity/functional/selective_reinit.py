@@ -106,15 +106,19 @@ def smallest(values: Tensor, count: int) -> Tensor:
 
 
 def below(values: Tensor, threshold: float, relative: bool = False) -> Tensor:
-    """Mask the entries whose magnitude is below a threshold, or below this multiple of the tensor's mean magnitude.
+    """Mask the entries whose magnitude is below a threshold, or at most this multiple of the tensor's mean magnitude.
+
+    Where all entries are 0, all are masked with a multiple; where the mean is not finite, none is.
 
     Example:
         >>> below(torch.tensor([1.0, -2.0, 3.0]), 2.0), below(torch.tensor([1.0, -2.0, 9.0]), 0.5, relative=True)
-        (tensor([ True, False, False]), tensor([ True, False, False]))
+        (tensor([ True, False, False]), tensor([ True,  True, False]))
     """
     magnitudes = values.abs()
-    bound = threshold * magnitudes.mean(dtype=_wide(values.dtype)) if relative else threshold
-    return magnitudes < bound
+    if not relative:
+        return magnitudes < threshold
+    bound = threshold * magnitudes.mean(dtype=_wide(values.dtype))
+    return (magnitudes <= bound) & bound.isfinite()
 
 
 def new_values(

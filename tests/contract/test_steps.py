@@ -177,7 +177,6 @@ class Closures(LightningNetwork):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.filterwarnings("ignore:The state 'old_dirs' of LBFGS has no entry for each weight:UserWarning")
 @every_case
 def test_several_closures_in_one_step(case: Case) -> None:
     method, twin = case.make(), case.make()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from lightning_plasticity.editing.editable import check_editable
-from lightning_plasticity.editing.edits import Editor
+from lightning_plasticity.editing.edits import Editor, OptimizerState
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, 0.1),
@@ -461,12 +461,21 @@ def test_state_of_another_form_is_said_once(make: Any, optimizer_name: str) -> N
     torch.testing.assert_close(optimizer.state[layer.weight], states, rtol=0, atol=0)
 
 
-def test_the_history_of_lbfgs_is_said_once_for_any_of_its_parameters() -> None:
+@pytest.mark.parametrize("mode", ["survivors", "reset", "keep"])
+def test_lbfgs_begins_anew_after_an_edit_of_its_parameters(mode: OptimizerState) -> None:
     layer, stranger = nn.Linear(3, 2), nn.Linear(3, 2)
     model = nn.ModuleList([layer, stranger])
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=3)
-    editor = Editor(model, [optimizer])
-    editor.zero_bias("0", torch.tensor([0]))  # no step, no history
+    editor = Editor(model, [optimizer], mode)
+    edits: list[Callable[[str], None]] = [
+        lambda name: editor.zero_bias(name, torch.tensor([0])),
+        lambda name: editor.write_masked(
+            model.get_submodule(name).weight, torch.eye(2, 3, dtype=torch.bool), torch.tensor(1.0)
+        ),
+        lambda name: editor.scale([model.get_submodule(name).weight], 0.9),
+        lambda name: editor.add([model.get_submodule(name).bias], [torch.ones(2)]),
+        lambda name: editor.clamp([model.get_submodule(name).weight], 1e-3),
+    ]
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -474,11 +483,15 @@ def test_the_history_of_lbfgs_is_said_once_for_any_of_its_parameters() -> None:
         loss.backward()
         return loss
 
+    for edit in edits:
+        optimizer.step(closure)
+        edit("1")
+        assert optimizer.state
+        edit("0")
+        assert not optimizer.state
     optimizer.step(closure)
-    editor.zero_bias("1", torch.tensor([0]))
-    with pytest.warns(UserWarning, match="'old_dirs' of LBFGS"):
-        editor.zero_bias("0", torch.tensor([0]))
-    editor.zero_bias("0", torch.tensor([1]))
+    editor.clamp(list(layer.parameters()), 1e6)
+    assert optimizer.state, "nothing was beyond the limit"
 
 
 def test_wrapped_optimizers_after_their_state_was_loaded() -> None:

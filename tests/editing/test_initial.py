@@ -196,6 +196,16 @@ def test_mean() -> None:
     assert InitialDistribution(layer, ["weight"], "kaiming_uniform").mean("weight") == 0.0
 
 
+def test_the_mean_is_that_of_the_distribution_and_not_of_the_values_drawn() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(200, 30)
+    assert layer.weight.mean() != 0
+    assert InitialDistribution(layer, ["weight"]).mean("weight") == 0.0
+    with torch.no_grad():
+        layer.weight += 0.01  # 19 standard errors
+    assert InitialDistribution(layer, ["weight"]).mean("weight") == pytest.approx(0.01, abs=5 * 0.041 / math.sqrt(6000))
+
+
 def test_a_resumed_run_draws_what_the_first_would_have(tmp_path: Any) -> None:
     first = Net()
     initial = InitialDistribution(first, ["linear.weight", "norm.weight"])

@@ -91,6 +91,10 @@ def test_below(numbers: list[float], threshold: float, relative: bool) -> None:
         if not math.isclose(abs(number), bound, rel_tol=1e-12):
             assert is_chosen == (abs(number) < bound)
     assert below(torch.tensor([0.5]), 0.5).tolist() == [False]
+    assert below(torch.tensor([0.5, 0.5]), 1.0, relative=True).tolist() == [True, True]
+    assert below(torch.zeros(2), 0.1, relative=True).tolist() == [True, True]
+    for broken in (math.inf, math.nan):
+        assert below(torch.tensor([0.1, broken]), 0.5, relative=True).tolist() == [False, False]
 
 
 def test_new_values() -> None:
