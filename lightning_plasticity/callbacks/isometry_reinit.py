@@ -95,8 +95,8 @@ class IsometryReinit(ScheduledCallback):
         if not any(id(weight) in due for weight in self._weights.values()):
             raise ValueError(
                 "IsometryReinit needs weights of linear, attention or convolution layers that are trained and not "
-                f"depthwise, but of the {len(found)} that {self.patterns} leaves in {type(self.scope).__name__} none "
-                "is. Unfreeze some, hand them to the optimizer, or change include=, exclude= or module=."
+                f"depthwise, but {self.patterns.why_none(self._weights, self.scope)}. "
+                "Unfreeze some, hand them to the optimizer, or change include=, exclude= or module=."
             )
 
     @override

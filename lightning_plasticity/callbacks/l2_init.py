@@ -124,8 +124,8 @@ class L2Init(PlasticityCallback):
         self._steps = [0] * len(self.optimizers)
         if not any(p in self._initial for o in self.optimizers for group in o.param_groups for p in group["params"]):
             raise ValueError(
-                f"L2Init needs parameters that the optimizer trains, but of the {len(named)} in its part of the model "
-                f"none is both in the optimizer and not excluded (module={self.module!r}, exclude={self.exclude!r}). "
+                "L2Init needs parameters that the optimizer trains, but in its part of the model none is both in the "
+                f"optimizer and not excluded (module={self.module!r}, exclude={self.exclude!r}). "
                 "Name another part with module=, or exclude less."
             )
         for optimizer in self.optimizers if not self.decoupled else ():

@@ -135,7 +135,8 @@ class LayerReset(ScheduledCallback):
         }
         self._names = list(drawn.values())  # a parameter that two of them share is drawn once
         if not self._names and not self._norms:
-            raise ValueError(f"layers must name modules with parameters, but {', '.join(self._chosen)} have none.")
+            chosen = ", ".join(map(repr, self._chosen))
+            raise ValueError(f"layers must name modules with parameters, but there are none in {chosen}.")
         self._initial = InitialDistribution(self.model, self._names, self.init)
 
     def _choose(self, modules: Mapping[str, nn.Module]) -> list[str]:
@@ -154,8 +155,8 @@ class LayerReset(ScheduledCallback):
         places = [i for i, name in enumerate(self._called) if not is_norm(modules[name])]
         if len(places) < self.layers:
             raise ValueError(
-                f"layers={self.layers} needs as many layers with weights, but {len(places)} are called in the forward "
-                "pass. Give a smaller number, or names."
+                f"layers={self.layers} needs as many layers with weights, but the forward pass calls "
+                f"{len(places) or 'none'}. Give a smaller number, or names."
             )
         return self._called[places[-self.layers] :]
 

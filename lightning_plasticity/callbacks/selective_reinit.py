@@ -248,7 +248,7 @@ class SelectiveReinit(ScheduledCallback):
         if not any(id(weight) in due for weight in self._weights.values()):
             raise ValueError(
                 f"{type(self).__name__} needs weights of linear, convolution or attention layers that are trained, but "
-                f"of the {len(self._weights)} that {self.patterns} leaves in {type(self.scope).__name__} none is. "
+                f"{self.patterns.why_none(self._weights, self.scope)}. "
                 "Unfreeze some, hand them to the optimizer, or change include=, exclude= or module=."
             )
         self._initial = InitialDistribution(self.model, self._weights if self.reinit in ("init", "init_mean") else ())

@@ -192,8 +192,8 @@ class SoftWeightRescaling(PlasticityCallback):
         rescaling = plan(self.model, self._flow, self._is_excluded, tie_streams=self.tie_residual)
         if not rescaling.weights:
             raise ValueError(
-                "SoftWeightRescaling needs layers with weights that are called in the forward pass, and there are none "
-                f"among the {len(self._flow.layers)} called layers. Name another part with module=, or exclude less."
+                "SoftWeightRescaling needs layers with weights, and the forward pass calls none that is not excluded. "
+                "Name another part with module=, or exclude less."
             )
         known = self._waiting | dict(
             zip(self._weights, zip(self._initial_norms, self._last_norms, strict=True), strict=True)

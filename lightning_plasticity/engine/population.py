@@ -94,8 +94,8 @@ class Population:
             )
         if not any(self._trains(unit_set) for unit_set in self.sets):
             raise ValueError(
-                f"{name} needs hidden units whose weights are trained, but in each of "
-                f"{', '.join(s.name for s in self.sets)} a weight requires no gradient or belongs to no optimizer. "
+                f"{name} needs hidden units whose weights are trained, but a weight of each of "
+                f"{', '.join(repr(s.name) for s in self.sets)} requires no gradient or belongs to no optimizer. "
                 "Unfreeze them, hand them to the optimizer, or name another part of the model with module=."
             )
 

@@ -31,7 +31,7 @@ def named_parameters(source: Source) -> dict[str, Tensor]:
         dense(checks.word("the name of a tensor", name), tensor)
     if not any(tensor.numel() for tensor in found.values()):
         raise ValueError(
-            f"At least one parameter with an entry is required, got {len(found)} tensors without any: "
+            "At least one parameter with an entry is required, got none: "
             "pass a module that has parameters, or a mapping from names to tensors."
         )
     return found

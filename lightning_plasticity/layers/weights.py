@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -27,6 +27,13 @@ class LayerPatterns:
 
     def __str__(self) -> str:
         return f"include={self.include!r}" + (f" with exclude={self.exclude!r}" if self.exclude else "")
+
+    def why_none(self, found: Sized, where: nn.Module) -> str:
+        """Why none of the weights that were found in a module can be worked on, in words."""
+        if not found:
+            return f"{self} leaves none in {type(where).__name__}"
+        each = "the only one" if len(found) == 1 else f"each of the {len(found)}"
+        return f"{each} that {self} leaves in {type(where).__name__} is frozen or belongs to no optimizer"
 
     def mean(self, name: str) -> bool:
         """Whether a layer of this name is meant."""

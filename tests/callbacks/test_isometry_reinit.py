@@ -169,7 +169,7 @@ def test_what_cannot_work_is_refused():
     with pytest.raises(ValueError, match=r"fused must be a dict .* got \['qkv'\]"):
         IsometryReinit(on_fit_start=True, fused=["qkv"])
     depthwise = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4))
-    with pytest.raises(ValueError, match="not depthwise, but of the 1 that"):
+    with pytest.raises(ValueError, match=r"not depthwise, but include=\('\*',\) leaves none in Sequential\."):
         IsometryReinit(on_fit_start=True).attach(depthwise)
     with pytest.raises(ValueError, match="got 'nothing'"):
         IsometryReinit(on_fit_start=True, exclude="nothing").attach(mlp())

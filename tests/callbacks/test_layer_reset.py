@@ -170,9 +170,11 @@ def test_what_cannot_work_is_refused():
         LayerReset(1, on_fit_start=True)
     with pytest.raises(ValueError, match=r"there is no 'heads'\. Its children are: head, norm, body, unused"):
         attach(OutOfOrder(), ["body", "heads"])
-    with pytest.raises(ValueError, match="layers=3 needs as many layers with weights, but 2 are called"):
+    with pytest.raises(ValueError, match="layers=3 needs as many layers with weights, but the forward pass calls 2"):
         attach(OutOfOrder(), 3)
-    with pytest.raises(ValueError, match="layers must name modules with parameters, but 1 have none"):
+    with pytest.raises(ValueError, match="but the forward pass calls none"):
+        attach(nn.Sequential(nn.BatchNorm1d(4)), 1)
+    with pytest.raises(ValueError, match="layers must name modules with parameters, but there are none in '1'"):
         attach(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "1")
 
 

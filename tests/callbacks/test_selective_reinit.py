@@ -434,8 +434,12 @@ def test_a_layer_that_is_unfrozen_later() -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (nn.Sequential(nn.Embedding(3, 2), nn.LayerNorm(2)), r"of the 0 that .* leaves in Sequential none is"),
-        (nn.Linear(2, 2).requires_grad_(False), r"of the 1 that .* leaves in Linear none is"),
+        (nn.Sequential(nn.Embedding(3, 2), nn.LayerNorm(2)), r"but include=\('\*',\) leaves none in Sequential\."),
+        (
+            nn.Linear(2, 2).requires_grad_(False),
+            r"but the only one that .* leaves in Linear is frozen or belongs to no",
+        ),
+        (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).requires_grad_(False), r"but each of the 2 that .* is frozen"),
     ],
 )
 def test_nothing_to_work_on(model: nn.Module, message: str) -> None:

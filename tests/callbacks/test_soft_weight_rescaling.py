@@ -562,7 +562,7 @@ def test_weights_that_are_computed_are_refused_or_excluded(change):
 
 @pytest.mark.parametrize("model", [nn.Sequential(nn.PReLU()), nn.Sequential(nn.BatchNorm1d(5, affine=False))])
 def test_a_network_without_weights_is_refused(model):
-    with pytest.raises(ValueError, match="needs layers with weights that are called"):
+    with pytest.raises(ValueError, match="needs layers with weights, and the forward pass calls none"):
         attach(model, torch.randn(4, 5))
 
 

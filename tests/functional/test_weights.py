@@ -96,7 +96,7 @@ def test_what_is_not_finite_is_not_hidden(value):
 
 
 def test_what_cannot_be_measured_is_refused():
-    with pytest.raises(ValueError, match="At least one parameter with an entry is required, got 0"):
+    with pytest.raises(ValueError, match="At least one parameter with an entry is required, got none"):
         weight_norm(nn.ReLU())
     with pytest.raises(ValueError, match="weight matrix or kernel is required, got only weight, bias"):
         weight_magnitude(nn.LayerNorm(3))
