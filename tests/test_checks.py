@@ -27,6 +27,7 @@ WRONG: dict[str, list[Any]] = {
     "from 0 below 1": [*NO_NUMBERS, NAN, INFINITY, -0.1, 1.0],
     "between 0 and 1": [*NO_NUMBERS, NAN, INFINITY, 0.0, 1.0],
     "from -1 to 1": [*NO_NUMBERS, NAN, INFINITY, -1.1, 1.1],
+    "share above 0": [*NO_NUMBERS, NAN, INFINITY, 0.0, -0.1, 1.1],
     "finite": [*NO_NUMBERS, NAN, INFINITY, -INFINITY],
     "flag": [None, "yes", 1, 0, 1.0, [], torch.tensor(True), np.ones(2)],
     "choice": ["no such word", 1.5, 0, b"relu", [], object(), torch.ones(2), np.ones(2), NAN],
@@ -61,6 +62,8 @@ PROBE = {
 }
 LAYERS = {**COMMON, "include": "words", "exclude": "words"}
 BOUNDARY = {**STEPS, "on_fit_start": "flag"}
+NTK = {"summary": "choice", "energy": "share above 0", "chunk_size": "count from 1?"}
+REDUNDANCY = {"outputs": "choice", "noise": "above 0", "chunk_size": "count from 1?"}
 CALLBACKS: dict[str, dict[str, str]] = {
     "ActivationReset": {
         **UNITS,
@@ -168,6 +171,18 @@ METRICS: dict[str, dict[str, str]] = {
     "DormantUnits": {**FEATURES, "tau": "from 0"},
     "SaturatedUnits": {**FEATURES, "low": "finite", "high": "finite", "margin": "finite"},
     "SignEntropy": FEATURES,
+    "LinearizedUnits": FEATURES,
+    "GradientDormancy": {"tau": "from 0", "kwargs": ""},
+    "IsometryDeviation": {"any_scale": "flag", "kwargs": ""},
+    "OptimizationReadiness": {
+        "loss_fn": "function",
+        "batch_size": "count from 1",
+        "batches": "count from 1",
+        "kwargs": "",
+    },
+    "Churn": {"outputs": "choice", "kwargs": ""},
+    "NTKRank": {**NTK, "kwargs": ""},
+    "LocalRedundancy": {**REDUNDANCY, "kwargs": ""},
     "DuplicateUnits": {**FEATURES, "threshold": "from -1 to 1"},
     "EffectiveRank": FEATURES,
     "StableRank": FEATURES,
@@ -193,6 +208,7 @@ METRICS: dict[str, dict[str, str]] = {
 RATES = {"low_rate": "from 0 to 1", "high_rate": "from 0 to 1", "low_scale": "finite", "high_scale": "finite"}
 OF_FUNCTIONS = {"DeadUnits": "dead_units", "RarelyActiveUnits": "rarely_active_units", "DormantUnits": "dormant_units"}
 OF_FUNCTIONS |= {"SaturatedUnits": "saturated_units", "SignEntropy": "sign_entropy", "FeatureRank": "feature_rank"}
+OF_FUNCTIONS |= {"LinearizedUnits": "linearized_units"}
 OF_FUNCTIONS |= {"DuplicateUnits": "duplicate_units", "EffectiveRank": "effective_rank", "StableRank": "stable_rank"}
 
 
@@ -210,6 +226,10 @@ def on_a_network(function: Callable[..., Any], *more: Any) -> Callable[..., Any]
             **settings,
         }
     )
+
+
+def on_inputs(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda **settings: function(torch.nn.Linear(3, 2), torch.zeros(2, 3), **settings)
 
 
 def scheduled(name: str) -> Callable[..., Any]:
@@ -232,6 +252,20 @@ TABLE: list[tuple[str, Callable[..., Any], str, str]] = [
         for argument, kind in METRICS[metric].items()
     ),
     *(("sharpness", on_a_network(functional.sharpness), argument, kind) for argument, kind in LANCZOS.items()),
+    *(
+        ("optimization_readiness", on_a_network(functional.optimization_readiness), argument, kind)
+        for argument, kind in METRICS["OptimizationReadiness"].items()
+    ),
+    *(("ntk_rank", on_inputs(functional.ntk_rank), argument, kind) for argument, kind in NTK.items()),
+    *(("local_redundancy", on_inputs(functional.local_redundancy), key, kind) for key, kind in REDUNDANCY.items()),
+    ("churn", lambda **one: functional.churn(torch.zeros(2, 2), torch.zeros(2, 2), **one), "outputs", "choice"),
+    ("gradient_dormancy", lambda **one: functional.gradient_dormancy([torch.ones(2, 2)], **one), "tau", "from 0"),
+    (
+        "isometry_deviation",
+        lambda **one: functional.isometry_deviation({"w": torch.ones(2, 2)}, **one),
+        "any_scale",
+        "flag",
+    ),
     *(("trainability", on_a_network(functional.trainability), argument, kind) for argument, kind in PROBE.items()),
     *(
         ("per_sample_gradients", on_a_network(functional.per_sample_gradients), argument, kind)

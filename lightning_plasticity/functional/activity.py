@@ -108,6 +108,24 @@ def dead_share(largest: Tensor, eps: float) -> Tensor:
     return share(largest <= eps, largest)
 
 
+def linearized_units(features: Tensor, *, unit_dim: int | None = None, reduce: Reduce = None) -> Tensor:
+    """Share of units that are above 0 on every sample: with ReLU they have become linear.
+
+    Example:
+        >>> import torch
+        >>> from lightning_plasticity.functional import linearized_units
+        >>> linearized_units(torch.tensor([[0.5, 1.0, 0.0, 2.0], [0.0, 2.0, 0.0, 3.0]]))
+        tensor(0.5000, dtype=torch.float64)
+    """
+    rows = unit_rows(features, unit_dim, reduce)
+    return linearized_share(count(rows <= 0, rows))
+
+
+def linearized_share(not_positive: Tensor) -> Tensor:
+    """Share of linearized units, given how often each was not above 0."""
+    return share(not_positive == 0, not_positive)
+
+
 def rarely_active_units(
     features: Tensor, rate: float = 0.01, *, unit_dim: int | None = None, reduce: Reduce = None
 ) -> Tensor:

@@ -59,6 +59,36 @@ def zero_gradient_fraction(gradients: Iterable[Tensor]) -> Tensor:
     return torch.stack([whole(count) for count in zeros]).sum() / sum(g.numel() for g in gradients)
 
 
+def gradient_dormancy(gradients: Iterable[Tensor], tau: float = 0.01) -> Tensor:
+    r"""Share of units whose incoming weights have next to no gradient, relative to their layer.
+
+    .. math:: \frac{G_i}{\mathrm{mean}_k\, G_k + 10^{-9}} \le \tau, \qquad G_i = \mathrm{mean}_j |g_{ij}|
+
+    Args:
+        gradients: those of weights, with a row for each unit; others (biases, scales) are left out.
+        tau: the threshold.
+
+    Example:
+        >>> import torch
+        >>> from lightning_plasticity.functional import gradient_dormancy
+        >>> gradient_dormancy([torch.tensor([[0.0, 0.0], [1.0, -3.0]])])
+        tensor(0.5000, dtype=torch.float64)
+
+    Reference:
+        Liu et al., NeurIPS 2025; arXiv 2505.24061.
+    """
+    tau = checks.number("tau", tau, least=0)
+    weights = [whole(gradient.detach()) for gradient in _some(gradients) if gradient.ndim > 1]
+    rows = [weight.flatten(1).abs().mean(1, dtype=torch.float64) for weight in weights]
+    if not rows:
+        raise ValueError(
+            "At least one gradient of a weight matrix or kernel is required, got none: pass those of the weights."
+        )
+    scores = torch.cat([row / (row.mean() + 1e-9) for row in rows])
+    # 0 * x is NaN for NaN and infinity, and 0 otherwise.
+    return (scores <= tau).double().mean() + (scores * 0).sum()
+
+
 def _some(gradients: Iterable[Tensor]) -> list[Tensor]:
     if isinstance(gradients, Tensor) or not isinstance(gradients, Iterable):
         raise ValueError(f"gradients must be several tensors, got {checks.shown(gradients)}: pass them in a list.")

@@ -203,6 +203,47 @@ def balancedness(norms: Mapping[str, Tensor], initial_norms: Mapping[str, Tensor
     return change.fill_diagonal_(0.0).max()
 
 
+def isometry_deviation(source: Source, any_scale: bool = False) -> Tensor:
+    r"""Deviation from isometry, the mean over the weights.
+
+    .. math:: \|W^\top W - I\|_F^2
+
+    with :math:`W W^\top` in place of :math:`W^\top W` where a matrix has fewer rows than columns. Kernels are flattened
+    to one row for each output.
+
+    Args:
+        source: a module or named matrices.
+        any_scale: divide each matrix by the root mean square of its singular values first, so that a multiple of an
+            isometry counts as one. A matrix of zeros is none.
+
+    Example:
+        >>> import torch
+        >>> from lightning_plasticity.functional import isometry_deviation
+        >>> isometry_deviation({"w": torch.diag(torch.tensor([1.0, 2.0]))})
+        tensor(9., dtype=torch.float64)
+        >>> isometry_deviation({"w": 3 * torch.eye(4)}, any_scale=True)
+        tensor(0., dtype=torch.float64)
+
+    Reference:
+        Han et al., ICLR 2026; arXiv 2602.08040.
+    """
+    checks.flag("any_scale", any_scale)
+    deviations = []
+    for name, weight in named_weights(source).items():
+        if weight.ndim < 2:
+            raise ValueError(
+                f"Matrices or kernels are required, got {name!r} of shape {tuple(weight.shape)}: leave it out."
+            )
+        matrix = whole(weight.detach()).flatten(1).double()
+        gram = matrix @ matrix.mT if len(matrix) < matrix.shape[1] else matrix.mT @ matrix
+        if any_scale:
+            mean = gram.diagonal().mean()
+            gram = gram / torch.where(mean == 0, 1.0, mean)
+        gram.diagonal().sub_(1)
+        deviations.append(gram.square().sum())
+    return torch.stack(deviations).mean()
+
+
 def check_same_tensors(now: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> None:
     """Raise unless both have the same names and shapes."""
     shapes_now = {name: tuple(tensor.shape) for name, tensor in now.items()}

@@ -5,17 +5,28 @@ from lightning_plasticity.metrics.activity import (
     DeadUnits,
     DormantUnits,
     DuplicateUnits,
+    LinearizedUnits,
     RarelyActiveUnits,
     SaturatedUnits,
     SignEntropy,
 )
-from lightning_plasticity.metrics.gradients import GradientCovariance, GradientNorm, ZeroGradientFraction
+from lightning_plasticity.metrics.churn import Churn
+from lightning_plasticity.metrics.gradients import (
+    GradientCovariance,
+    GradientDormancy,
+    GradientNorm,
+    ZeroGradientFraction,
+)
+from lightning_plasticity.metrics.ntk import NTKRank
 from lightning_plasticity.metrics.rank import EffectiveRank, FeatureRank, StableRank
+from lightning_plasticity.metrics.readiness import OptimizationReadiness
+from lightning_plasticity.metrics.redundancy import LocalRedundancy
 from lightning_plasticity.metrics.sharpness import Sharpness
 from lightning_plasticity.metrics.trainability import TrainabilityProbe
 from lightning_plasticity.metrics.weights import (
     Balancedness,
     DistanceFromInit,
+    IsometryDeviation,
     UpdateRatio,
     WeightMagnitude,
     WeightNorm,
@@ -23,6 +34,7 @@ from lightning_plasticity.metrics.weights import (
 
 __all__ = [
     "Balancedness",
+    "Churn",
     "DeadUnits",
     "DistanceFromInit",
     "DormantUnits",
@@ -30,8 +42,14 @@ __all__ = [
     "EffectiveRank",
     "FeatureRank",
     "GradientCovariance",
+    "GradientDormancy",
     "GradientNorm",
+    "IsometryDeviation",
+    "LinearizedUnits",
+    "LocalRedundancy",
+    "NTKRank",
     "OnlineAccuracy",
+    "OptimizationReadiness",
     "RarelyActiveUnits",
     "SaturatedUnits",
     "Sharpness",

@@ -1,4 +1,4 @@
-"""What the units of a layer do: dead, rarely active, dormant, saturated, duplicate, and the entropy of their signs."""
+"""What the units of a layer do: dead, linear, rarely active, dormant, saturated, duplicate, entropy of their signs."""
 
 from typing import Any
 
@@ -56,6 +56,36 @@ class DeadUnits(_ShareOfUnits):
 
     def _value(self) -> Tensor:
         return activity.dead_share(self.largest, self.eps)
+
+
+class LinearizedUnits(_ShareOfUnits):
+    """Share of units that are above 0 on every sample: with ReLU they have become linear.
+
+    Args:
+        unit_dim: as for :class:`DeadUnits`.
+        reduce: as for :class:`DeadUnits`.
+        kwargs: keyword arguments of :class:`~torchmetrics.Metric`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_plasticity.metrics import LinearizedUnits
+        >>> metric = LinearizedUnits()
+        >>> metric.update(torch.tensor([[0.5, 1.0, 0.0, 2.0], [0.0, 2.0, 0.0, 3.0]]))
+        >>> metric.compute()
+        tensor(0.5000, dtype=torch.float64)
+    """
+
+    not_positive: Tensor
+
+    def __init__(self, *, unit_dim: int | None = None, reduce: Reduce = None, **kwargs: Any) -> None:
+        super().__init__(unit_dim=unit_dim, reduce=reduce, **kwargs)
+        self.add_state("not_positive", torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def _accumulate(self, rows: Tensor) -> None:
+        self.not_positive = self.not_positive + activity.count(rows <= 0, rows)
+
+    def _value(self) -> Tensor:
+        return activity.linearized_share(self.not_positive)
 
 
 class RarelyActiveUnits(_ShareOfUnits):

@@ -76,6 +76,46 @@ class ZeroGradientFraction(MeanOverUpdates):
         self._record(gradients.zero_gradient_fraction(gradients.read_gradients(named_parameters(model).values())))
 
 
+class GradientDormancy(MeanOverUpdates):
+    r"""Share of units whose incoming weights have next to no gradient, relative to their layer; the mean over updates.
+
+    .. math:: \frac{G_i}{\mathrm{mean}_k\, G_k + 10^{-9}} \le \tau, \qquad G_i = \mathrm{mean}_j |g_{ij}|
+
+    Every row of a weight matrix or kernel counts as a unit, those of the last layer and of embeddings as well; name
+    some tensors to measure these alone. Update after ``backward`` and before ``zero_grad``. One batch is noisy: take
+    several. A unit without gradient may also be one that has finished learning.
+
+    Args:
+        tau: the threshold.
+        kwargs: keyword arguments of :class:`~torchmetrics.Metric`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_plasticity.metrics import GradientDormancy
+        >>> w = torch.zeros(2, 2, requires_grad=True)
+        >>> (w * torch.tensor([[0.0, 0.0], [1.0, -3.0]])).sum().backward()
+        >>> metric = GradientDormancy()
+        >>> metric.update({"w": w})
+        >>> metric.compute()
+        tensor(0.5000, dtype=torch.float64)
+
+    Reference:
+        Liu et al., NeurIPS 2025; arXiv 2505.24061.
+    """
+
+    higher_is_better: bool | None = False
+    plot_lower_bound: float | None = 0.0
+    plot_upper_bound: float | None = 1.0
+
+    def __init__(self, tau: float = 0.01, **kwargs: Any) -> None:
+        super().__init__(tau, **kwargs)
+        self.tau = checks.number("tau", tau, least=0)
+
+    def update(self, model: Source) -> None:
+        """Read ``.grad`` of a module's parameters or of named tensors."""
+        self._record(gradients.gradient_dormancy(gradients.read_gradients(named_parameters(model).values()), self.tau))
+
+
 class GradientCovariance(PlasticityMetric):
     r"""Cosines between the gradients of single examples: a matrix, and a summary of its entries off the diagonal.
 

@@ -191,6 +191,43 @@ class UpdateRatio(ReferencedMetric):
         self._reference = copied(parameters)
 
 
+class IsometryDeviation(MeanOverUpdates):
+    r"""Deviation of the weights from isometry, the mean over weights and updates.
+
+    .. math:: \|W^\top W - I\|_F^2
+
+    with :math:`W W^\top` in place of :math:`W^\top W` where a matrix has fewer rows than columns. Kernels are flattened
+    to one row for each output.
+
+    Args:
+        any_scale: divide each matrix by the root mean square of its singular values first, so that a multiple of an
+            isometry counts as one.
+        kwargs: keyword arguments of :class:`~torchmetrics.Metric`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_plasticity.metrics import IsometryDeviation
+        >>> metric = IsometryDeviation()
+        >>> metric.update({"w": torch.diag(torch.tensor([1.0, 2.0]))})
+        >>> metric.compute()
+        tensor(9., dtype=torch.float64)
+
+    Reference:
+        Han et al., ICLR 2026; arXiv 2602.08040.
+    """
+
+    higher_is_better: bool | None = False
+    plot_lower_bound: float | None = 0.0
+
+    def __init__(self, any_scale: bool = False, **kwargs: Any) -> None:
+        super().__init__(any_scale, **kwargs)
+        self.any_scale = checks.flag("any_scale", any_scale)
+
+    def update(self, model: Source) -> None:
+        """Measure a module or named tensors."""
+        self._record(weights.isometry_deviation(model, self.any_scale))
+
+
 class Balancedness(ReferencedMetric):
     r"""Largest change of the ratio of two layers' norms since the first update.
 

@@ -17,6 +17,7 @@ from lightning_plasticity.metrics import (
     DormantUnits,
     EffectiveRank,
     GradientCovariance,
+    GradientDormancy,
     GradientNorm,
     UpdateRatio,
     WeightMagnitude,
@@ -42,7 +43,7 @@ def kind_of(name: str, metric: Metric) -> Kind:
         >>> kind_of("dead", DeadUnits()), kind_of("ratio", UpdateRatio())
         ('features', 'step')
     """
-    if isinstance(metric, GradientNorm | ZeroGradientFraction):
+    if isinstance(metric, GradientNorm | GradientDormancy | ZeroGradientFraction):
         return "gradients"
     if isinstance(metric, UpdateRatio):
         return "step"

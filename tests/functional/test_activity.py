@@ -9,6 +9,7 @@ from lightning_plasticity.functional import (
     dead_units,
     dormant_units,
     duplicate_units,
+    linearized_units,
     rarely_active_units,
     saturated_units,
     sign_entropy,
@@ -209,3 +210,16 @@ def test_features_that_cannot_be_arranged_are_refused(measure, features, setting
 def test_settings_are_checked(measure, settings, message):
     with pytest.raises(ValueError, match=message):
         measure(torch.ones(2, 2), **settings)
+
+
+def test_linearized_units_unit_by_unit():
+    torch.manual_seed(0)
+    features = torch.randn(20, 7)
+    features[:, [1, 4]] = features[:, [1, 4]].abs() + 0.1
+    features[:, 5] = features[:, 5].abs() + 0.1
+    features[3, 5] = 0.0
+    always = [all(value > 0 for value in unit) for unit in features.T.tolist()]
+    assert always.count(True) == 2
+    assert linearized_units(features).item() == pytest.approx(2 / 7)
+    features[0, 0] = float("nan")
+    assert linearized_units(features).isnan()

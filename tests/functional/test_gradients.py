@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy, mse_loss, scaled_dot_product_atte
 
 from lightning_plasticity.functional import (
     gradient_covariance,
+    gradient_dormancy,
     gradient_norm,
     per_sample_gradients,
     summarize_covariance,
@@ -243,3 +244,20 @@ def test_gradients_must_be_there():
             measure([])
     with pytest.raises(ValueError, match="measure after `backward` and before `zero_grad`"):
         read_gradients(nn.Linear(2, 2).parameters())
+
+
+def test_gradient_dormancy_row_by_row():
+    torch.manual_seed(0)
+    gradients = [torch.randn(5, 3), torch.randn(4), torch.randn(6, 2, 3, 3)]
+    gradients[0][2] *= 1e-4
+    gradients[2][:2] *= 1e-4
+    chosen = []
+    for gradient in (gradients[0], gradients[2]):
+        sizes = [row.abs().double().mean().item() for row in gradient]
+        chosen += [size / (sum(sizes) / len(sizes) + 1e-9) <= 0.01 for size in sizes]
+    assert chosen.count(True) == 3
+    assert gradient_dormancy(gradients).item() == pytest.approx(3 / 11)
+    assert gradient_dormancy([torch.zeros(2, 2)]).item() == 1
+    assert gradient_dormancy([torch.full((2, 2), float("nan"))]).isnan()
+    with pytest.raises(ValueError, match="At least one gradient of a weight matrix or kernel is required"):
+        gradient_dormancy([torch.zeros(2)])

@@ -6,6 +6,7 @@ from torch import nn
 from lightning_plasticity.functional import (
     balancedness,
     distance_from_init,
+    isometry_deviation,
     update_ratio,
     weight_magnitude,
     weight_norm,
@@ -104,3 +105,19 @@ def test_what_cannot_be_measured_is_refused():
         distance_from_init(nn.Sequential(*list(network())[:3], nn.Linear(4, 6)), network())
     with pytest.raises(ValueError, match="at least two weights, got 1"):
         balancedness({"a": torch.tensor(1.0)}, {"a": torch.tensor(1.0)})
+
+
+def test_isometry_deviation_matrix_by_matrix():
+    torch.manual_seed(0)
+    weights = {"tall": torch.randn(6, 3), "wide": torch.randn(3, 6), "kernel": torch.randn(4, 2, 3)}
+    expected, any_scale = [], []
+    for weight in weights.values():
+        values = torch.linalg.svdvals(weight.flatten(1).double()).square()
+        expected.append((values - 1).square().sum())
+        any_scale.append((values / values.mean() - 1).square().sum())
+    torch.testing.assert_close(isometry_deviation(weights), torch.stack(expected).mean())
+    torch.testing.assert_close(isometry_deviation(weights, any_scale=True), torch.stack(any_scale).mean())
+    assert isometry_deviation({"w": torch.zeros(2, 2)}, any_scale=True).item() == 2
+    assert isometry_deviation({"w": torch.full((2, 2), float("nan"))}).isnan()
+    with pytest.raises(ValueError, match=r"Matrices or kernels are required, got 'b' of shape \(3,\)"):
+        isometry_deviation({"b": torch.zeros(3)})

@@ -47,6 +47,7 @@ def features(seed: int, shape: tuple[int, ...] = (5,)) -> list[tuple[Tensor]]:
         h[:, 1] *= 0.01
         h[:, 2] = 3 * h[:, 3] + 1
         h[:, 4] *= h[:, 4] > 0.9
+        h[:, 5] = h[:, 5].abs() + 0.1
         batches.append((h,))
     return batches
 
@@ -108,6 +109,43 @@ def covariance(updates: list[tuple[nn.Module, Tensor, Tensor]], summary: str = "
     return F.summarize_covariance(F.gradient_covariance(updates[0][0], cross_entropy, inputs, targets), summary)
 
 
+def larger_batches(seed: int) -> list[tuple[nn.Module, Tensor, Tensor]]:
+    return [(model, x.repeat(2, 1) * torch.arange(1.0, 2 * len(x) + 1).double()[:, None], y.repeat(2))
+            for model, x, y in batches_for(None, seed)]  # fmt: skip
+
+
+def readiness(updates: list[tuple[nn.Module, Tensor, Tensor]]) -> Tensor:
+    """As the formula has it, with the small batches that each update draws."""
+    model = updates[0][0].eval()
+
+    def gradient(x: Tensor, y: Tensor) -> Tensor:
+        parts = torch.autograd.grad(cross_entropy(model(x), y), list(model.parameters()))
+        return torch.cat([part.flatten() for part in parts])
+
+    inputs, targets = (torch.cat(parts) for parts in list(zip(*updates, strict=True))[1:])
+    squares = []
+    for _, x, y in updates:
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+        squares += [gradient(x[part], y[part]).square().sum() for part in order.split(2) if len(part) == 2]
+    squared = gradient(inputs, targets).square().sum()
+    loss = cross_entropy(model(inputs), targets).detach()
+    return squared**2 / (loss * torch.stack(squares).mean())
+
+
+def moving_network(seed: int) -> list[tuple[nn.Module, Tensor]]:
+    x = batches_for(None, seed)[0][1]
+    return [(model, x) for (model,) in networks(seed)]
+
+
+def churn_between(updates: list[tuple[nn.Module, Tensor]]) -> Tensor:
+    outputs = [model.eval()(x).detach() for model, x in updates]
+    return torch.stack([F.churn(*pair) for pair in pairwise(outputs)]).mean()
+
+
+def inputs_only(seed: int) -> list[tuple[nn.Module, Tensor]]:
+    return [(model, x) for model, x, _ in batches_for(None, seed)]
+
+
 def predictions(seed: int) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return [
@@ -136,6 +174,7 @@ SHARES = {
     "RarelyActiveUnits": (M.RarelyActiveUnits, F.rarely_active_units, {"rate": 0.3}),
     "DormantUnits": (M.DormantUnits, F.dormant_units, {"tau": 0.025}),
     "SaturatedUnits": (M.SaturatedUnits, F.saturated_units, {"margin": 0.1}),
+    "LinearizedUnits": (M.LinearizedUnits, F.linearized_units, {}),
     "SignEntropy": (M.SignEntropy, F.sign_entropy, {}),
     "DuplicateUnits": (M.DuplicateUnits, F.duplicate_units, {"threshold": 0.9}),
     "EffectiveRank": (M.EffectiveRank, F.effective_rank, {}),
@@ -179,6 +218,22 @@ CASES = {
     "ZeroGradientFraction": Case(
         M.ZeroGradientFraction, with_gradients, mean_of(lambda model: F.zero_gradient_fraction(gradients_of(model)))
     ),
+    "GradientDormancy": Case(
+        partial(M.GradientDormancy, tau=0.9),
+        with_gradients,
+        mean_of(lambda m: F.gradient_dormancy(gradients_of(m), 0.9)),
+    ),
+    "IsometryDeviation": Case(M.IsometryDeviation, networks, mean_of(F.isometry_deviation)),
+    "IsometryDeviation, any scale": Case(
+        partial(M.IsometryDeviation, any_scale=True), networks, mean_of(partial(F.isometry_deviation, any_scale=True))
+    ),
+    "OptimizationReadiness": Case(partial(M.OptimizationReadiness, batch_size=2), larger_batches, readiness),
+    "Churn": Case(M.Churn, moving_network, churn_between),
+    "NTKRank": Case(M.NTKRank, inputs_only, mean_of(F.ntk_rank)),
+    "NTKRank, effective": Case(
+        partial(M.NTKRank, "effective", chunk_size=None), inputs_only, mean_of(partial(F.ntk_rank, summary="effective"))
+    ),
+    "LocalRedundancy": Case(M.LocalRedundancy, inputs_only, mean_of(F.local_redundancy)),
     "GradientCovariance": Case(M.GradientCovariance, partial(batches_for, None), covariance),
     "GradientCovariance, least": Case(
         partial(M.GradientCovariance, summary="least", chunk_size=None),
