@@ -41,11 +41,12 @@ class ActivationReset(UnitCallback):
         decay_rate: :math:`\eta`, of the running averages.
         maturity_threshold: the age in steps up to which a unit is protected.
         max_weight: after every step the weights and biases that make hidden units are clamped to this size; None:
-            never.
+            never. The author clamps before he scales, too.
         module: the name of the module inside the model to work on; None for all of it.
         units: the sets of units, given by hand; None to find them.
         exclude: patterns of names of sets of units to leave alone.
-        optimizer_state: ``"reset"`` clears the optimizer's state of what is scaled, ``"keep"`` leaves it.
+        optimizer_state: what the optimizer remembers of weights that are scaled: ``"survivors"``, ``"reset"``, as
+            published, or ``"keep"``, as in ``ContinualBackprop``.
         seed: part of every method; this one draws nothing.
 
     Example:
@@ -80,7 +81,7 @@ class ActivationReset(UnitCallback):
         module: str | None = None,
         units: Sequence[HiddenUnits] | None = None,
         exclude: Sequence[str] | str = (),
-        optimizer_state: OptimizerState = "reset",
+        optimizer_state: OptimizerState = "survivors",
         seed: int | None = None,
     ) -> None:
         super().__init__(

@@ -30,6 +30,11 @@ class ContinualBackprop(UnitCallback):
     replacements; fractions are saved up. A replaced unit gets incoming weights from their initial distribution and
     outgoing weights of 0; what it gave on average moves into the biases of the layers that used it.
 
+    The authors' code draws from a uniform distribution, clears the mean activation before its own compensation reads it,
+    and has an Adam that counts the steps of each weight. The same course for linear layers, with SGD, have ``init=
+    functools.partial(torch.nn.init.kaiming_uniform_, nonlinearity="relu"), compensate_bias=False``; in convolutions it
+    counts all units, not only mature ones, as earning replacements, and subtracts one mean for each channel.
+
     Args:
         replacement_rate: :math:`\rho`, the share of mature units replaced per step.
         maturity_threshold: the age in steps up to which a unit is protected.
@@ -37,7 +42,7 @@ class ContinualBackprop(UnitCallback):
         utility: ``"contribution"`` (size of activation times size of outgoing weights), ``"zero_contribution"``
             (distance of the activation from its mean instead), ``"adaptable_contribution"`` (that, divided by the size
             of incoming weights), ``"adaptation"`` (1 / size of incoming weights), ``"weight"`` (size of outgoing
-            weights), ``"random"``.
+            weights), ``"random"`` (drawn anew at each choice).
         init: where new incoming weights come from: ``"empirical"`` (normal, with the mean and standard deviation that
             the weights had at the start), ``"kaiming_uniform"``, ``"reset_parameters"`` (the layer's own), or a
             function such as those of ``torch.nn.init``.
@@ -45,7 +50,9 @@ class ContinualBackprop(UnitCallback):
         module: the name of the module inside the model to work on; None for all of it.
         units: the sets of units, given by hand; None to find them.
         exclude: patterns of names of sets of units to leave alone.
-        optimizer_state: ``"reset"`` clears the optimizer's state of what is written, ``"keep"`` leaves it.
+        optimizer_state: what the optimizer remembers of weights that are written. ``"survivors"``: no momentum, and the
+            mean size of the gradients of the others in the tensor, so that Adam moves new units no more than others;
+            ``"reset"``: nothing; ``"keep"``: all. Shifted biases keep theirs.
         seed: of the draws, which are equal on every rank; None takes rank 0's current seed.
 
     Example:
@@ -81,7 +88,7 @@ class ContinualBackprop(UnitCallback):
         module: str | None = None,
         units: Sequence[HiddenUnits] | None = None,
         exclude: Sequence[str] | str = (),
-        optimizer_state: OptimizerState = "reset",
+        optimizer_state: OptimizerState = "survivors",
         seed: int | None = None,
     ) -> None:
         self.utility = checks.choice("utility", utility, UTILITIES)
@@ -129,7 +136,8 @@ class ContinualBackprop(UnitCallback):
         average_in(self._averages["activation"], columns, mean, new_weight)
         if self._centred:
             size = population.activations.take_mean_distance(self._mean_activation(sets), population.readers(sets))
-        average_in(self._averages["utility"], units, self._current_utility(size, sets), new_weight)
+        if self.utility != "random":
+            average_in(self._averages["utility"], units, self._current_utility(size, sets), new_weight)
 
     def _mean_activation(self, sets: Sequence[int]) -> Tensor:
         """The mean activation of each column, corrected for the average's start."""
@@ -139,14 +147,6 @@ class ContinualBackprop(UnitCallback):
 
     def _current_utility(self, size: Tensor, sets: Sequence[int]) -> Tensor:
         population = self._population
-        if self.utility == "random":
-            count = sum(population.sets[i].units.size for i in sets)
-            return torch.rand(
-                count,
-                generator=self.draws.generator(population.device),
-                device=population.device,
-                dtype=population.dtype,
-            )
         if self.utility == "adaptation":
             incoming = population.incoming(sets)
             return per_incoming(torch.ones_like(incoming), incoming)
@@ -167,7 +167,8 @@ class ContinualBackprop(UnitCallback):
         chosen, means = {}, {}
         for (i, count), utility in zip(due.items(), utilities, strict=True):
             age = self._ages.of(i)
-            units = least(bias_corrected(utility, age, self.decay_rate), age > self.maturity_threshold, count)
+            ranking = self._draw(utility) if self.utility == "random" else bias_corrected(utility, age, self.decay_rate)
+            units = least(ranking, age > self.maturity_threshold, count)
             of_units = [(next(activations)[units], age[units].unsqueeze(1)) for _ in sets[i].readers]
             means[i] = [bias_corrected(mean, age, self.decay_rate).flatten() for mean, age in of_units]
             chosen[i] = units
@@ -179,6 +180,10 @@ class ContinualBackprop(UnitCallback):
             self._ages.reset(i, units)
             self._maturity.replaced(i, len(units))
             self.replaced += len(units)
+
+    def _draw(self, like: Tensor) -> Tensor:
+        generator = self.draws.generator(like.device)
+        return torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
     def _by_unit(self, reader: Reader) -> Tensor:
         """The running averages of a reader's activations, a row for each unit."""

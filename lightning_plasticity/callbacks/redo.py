@@ -27,6 +27,9 @@ class ReDo(UnitCallback):
     replaced unit gets incoming weights from their initial distribution, a bias of 0 and outgoing weights of 0. Where a
     whole layer is silent, all of it is dormant.
 
+    Scores come from the forward passes of training, before the last step has changed the weights, where the authors run
+    the new weights on a batch from the replay buffer.
+
     *Dormant* is also used for other measures: of how rarely a unit is active, or of its gradient.
 
     Args:
@@ -38,7 +41,8 @@ class ReDo(UnitCallback):
         module: the name of the module inside the model to work on; None for all of it.
         units: the sets of units, given by hand; None to find them.
         exclude: patterns of names of sets of units to leave alone.
-        optimizer_state: ``"reset"`` clears the optimizer's state of what is written, ``"keep"`` leaves it.
+        optimizer_state: what the optimizer remembers of weights that are written: ``"survivors"``, ``"reset"`` or
+            ``"keep"``, as in ``ContinualBackprop``.
         seed: of the draws, which are equal on every rank; None takes rank 0's current seed.
 
     Example:
@@ -71,7 +75,7 @@ class ReDo(UnitCallback):
         module: str | None = None,
         units: Sequence[HiddenUnits] | None = None,
         exclude: Sequence[str] | str = (),
-        optimizer_state: OptimizerState = "reset",
+        optimizer_state: OptimizerState = "survivors",
         seed: int | None = None,
     ) -> None:
         super().__init__(units=units, exclude=exclude, module=module, optimizer_state=optimizer_state, seed=seed)

@@ -13,7 +13,7 @@ def effective_rank(features: Tensor, *, unit_dim: int | None = None, reduce: Red
     .. math:: \exp\Big(-\sum_i p_i \ln p_i\Big), \qquad p_i = s_i / \sum_j s_j
 
     Taken from the singular values, not from the eigenvalues of the covariance (their squares), which give less. A zero
-    matrix has rank 0; NaN or infinity gives NaN.
+    matrix has rank 0, where some code has 1; NaN or infinity gives NaN.
 
     Example:
         >>> import torch
@@ -48,7 +48,8 @@ def feature_rank(
 
     .. math:: \min\Big\{k : \sum_{i \le k} s_i \ge (1 - \delta) \sum_j s_j\Big\}
 
-    A zero matrix has rank 0; NaN or infinity gives NaN.
+    Some code counts only those before the share is reached, which is one less. A zero matrix has rank 0; NaN or
+    infinity gives NaN.
 
     Example:
         >>> import torch

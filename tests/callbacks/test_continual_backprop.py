@@ -60,10 +60,9 @@ def test_same_units_at_the_same_steps_as_the_slow_reference(utility, build, step
     model, optimizer = attached(method, build)
     choices = record_choices(method)
 
-    def random_utilities():
+    def random_utilities(size):
         # the same stream of numbers, drawn beside the method's own
-        generator = own.generator("cpu")
-        return torch.rand(method._population.size, generator=generator, dtype=torch.float64).tolist()
+        return torch.rand(size, generator=own.generator("cpu"), dtype=torch.float64).tolist()
 
     own = type(method.draws)(method.draws._seed)
     twin = build()
@@ -383,5 +382,5 @@ def test_a_unit_without_incoming_weights_has_a_finite_utility(utility):
         model[0].weight[:3] = 0.0
         model[0].bias[:3] = 0.0
     train(model, optimizer, method.step, INPUT[mlp], 30)
-    assert method._utility.isfinite().all()
+    assert method._averages["utility"].isfinite().all()
     assert method.replaced > 0

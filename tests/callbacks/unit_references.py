@@ -72,7 +72,6 @@ class ReferenceContinualBackprop(Reference):
 
     def step(self):
         activations = [self.activations(layer) for layer in self.layers]
-        draws = self.random() if self.utility == "random" else None
         chosen = []
         for number, (layer, h) in enumerate(zip(self.layers, activations, strict=True)):
             for i, columns in enumerate(layer.columns):
@@ -80,15 +79,16 @@ class ReferenceContinualBackprop(Reference):
                 for j, k in enumerate(columns):
                     f = self.f[number][i][j]
                     self.f[number][i][j] = self.decay * f + (1 - self.decay) * h[:, k].mean()
-                y = draws.pop(0) if draws is not None else self.current(number, layer, i, h)
+                y = 0.0 if self.utility == "random" else self.current(number, layer, i, h)
                 self.u[number][i] = self.decay * self.u[number][i] + (1 - self.decay) * y
             old = [i for i, a in enumerate(self.a[number]) if a > self.maturity]
             self.c[number] += self.rate * len(old)
             count = int(self.c[number])
             self.c[number] -= count
-            chosen.append(
-                tuple(sorted(old, key=lambda i: self.corrected(self.u[number][i], self.a[number][i]))[:count])
-            )
+            ranking = [self.corrected(u, a) for u, a in zip(self.u[number], self.a[number], strict=True)]
+            if self.utility == "random" and count:
+                ranking = self.random(len(ranking))
+            chosen.append(tuple(sorted(old, key=ranking.__getitem__)[:count]))
         self.history.append(chosen)
         self.replace(chosen)
 
