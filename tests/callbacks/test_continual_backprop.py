@@ -230,7 +230,7 @@ TIMM = {
     "mobilenetv2_100": (64, ["classifier", "blocks.1.1.conv_pwl"]),
     "vit_tiny_patch16_224": (
         224,
-        ["head", "patch_embed.proj", "blocks.0.attn.proj", "blocks.3.mlp.fc2", "blocks.5.attn.qkv"],
+        ["head", "patch_embed.proj", "blocks.0.attn.proj", "blocks.3.mlp.fc2"],
     ),
 }  # fmt: skip
 
