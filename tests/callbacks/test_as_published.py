@@ -59,7 +59,11 @@ def test_optimizer_state_of_what_continual_backprop_writes() -> None:
         method.step()
     [unit] = (model[2].weight == 0).all(0).nonzero().flatten().tolist()
     for key in ("exp_avg", "exp_avg_sq"):
-        for parameter, index in ((model[0].weight, unit), (model[0].bias, unit), (model[2].weight, (slice(None), unit))):
+        for parameter, index in (
+            (model[0].weight, unit),
+            (model[0].bias, unit),
+            (model[2].weight, (slice(None), unit)),
+        ):
             expected = states[parameter][key]
             assert expected.any()
             expected[index] = 0.0
