@@ -30,7 +30,8 @@ class LayerReset(ScheduledCallback):
 
     Args:
         layers: the name of a module, or several, or how many of the last layers with weights. Those are counted in the
-            order of the forward pass, and the normalisation layers between and after them are reset too.
+            order of the forward pass, and the normalisation layers between and after them are reset too; layers that
+            are frozen, or belong to no optimizer, are passed over.
         every_n_epochs: act after every so many epochs, when the next one begins.
         every_n_train_steps: act after every so many optimizer steps.
         on_fit_start: act once when a fit starts, if it does not go on from a checkpoint in which that was done. Needs
@@ -152,13 +153,15 @@ class LayerReset(ScheduledCallback):
         if self._saved and self.question is None:
             known: list[str] = self._saved["method"]["layers"]
             return known
-        places = [i for i, name in enumerate(self._called) if not is_norm(modules[name])]
+        trained = self._due()
+        called = [name for name in self._called if all(id(p) in trained for p in modules[name].parameters())]
+        places = [i for i, name in enumerate(called) if not is_norm(modules[name])]
         if len(places) < self.layers:
             raise ValueError(
-                f"layers={self.layers} needs as many layers with weights, but the forward pass calls "
+                f"layers={self.layers} needs as many layers with weights that are trained, but the forward pass calls "
                 f"{len(places) or 'none'}. Give a smaller number, or names."
             )
-        return self._called[places[-self.layers] :]
+        return called[places[-self.layers] :]
 
     def _refuse(self, inside: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]) -> None:
         outside = {

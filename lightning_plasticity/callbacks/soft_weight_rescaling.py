@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -24,7 +24,7 @@ from lightning_plasticity.functional.soft_weight_rescaling import (
     log_rescaling_factors,
 )
 from lightning_plasticity.layers.flow import Flow, flow_in
-from lightning_plasticity.layers.rescaling import Rescaling, change_of_outputs, plan
+from lightning_plasticity.layers.rescaling import change_of_outputs, plan
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.names import original
 
@@ -128,7 +128,7 @@ class SoftWeightRescaling(PlasticityCallback):
         self._has_warned = False
         self._flow = Flow((), ())
         self._weights: dict[str, nn.Parameter] = {}
-        self._shares: list[_Share] = []
+        self._shares: dict[tuple[int, ...], _Share] = {}  # by optimizer and by which weights are trained
 
     # ---- before the first step
 
@@ -208,10 +208,40 @@ class SoftWeightRescaling(PlasticityCallback):
         self._waiting = {name: norms for name, norms in self._waiting.items() if name not in self._weights}
         is_tied = len(rescaling.groups) < len(self._weights)
         self._groups = rescaling.groups.to(self._initial_norms) if is_tied else None
-        self._shares = list(self._share_out(rescaling))
+        self._rescaling, self._coefficients = rescaling, self._coefficient_of_each()
+        self._shares = {}
+        for which in range(max(len(self.optimizers), 1)):
+            self._share(which)
 
-    def _share_out(self, rescaling: Rescaling) -> Iterator[_Share]:
-        """What each optimizer's steps call for: nothing for weights that another one trains."""
+    def _share(self, which: int) -> _Share:
+        """What a step of an optimizer calls for: nothing for weights that are frozen, or that another one trains."""
+        optimizer = self.optimizers[which] if self.optimizers else None
+        groups = 0 if optimizer is None else len(optimizer.param_groups)
+        key = (which, groups, *[weight.requires_grad for weight in self._weights.values()])
+        if key not in self._shares:
+            self._shares[key] = self._share_out(optimizer)
+        return self._shares[key]
+
+    def _share_out(self, optimizer: Optimizer | None) -> _Share:
+        rescaling = self._rescaling
+        is_own = [w.requires_grad and self.optimizer_of(w) is optimizer for w in self._weights.values()]
+        own = rescaling.groups * torch.tensor(is_own)
+        concerned = (rescaling.exponents[:, own.any(1)] != 0).any(1)
+        tensors = [t.tensor for t, is_one in zip(rescaling.targets, concerned.tolist(), strict=True) if is_one]
+        factors = self._initial_norms.new_ones(len(tensors))
+        exponents = rescaling.exponents[concerned]
+        terms = [[(i, exponent) for i, exponent in enumerate(row) if exponent] for row in exponents.tolist()]
+        is_small = factors.is_cpu and self._groups is None and sum(map(len, terms)) <= _FEW
+        return _Share(
+            tensors,
+            exponents.to(self._initial_norms),
+            (own * self._coefficients).amax(1).to(self._initial_norms),
+            factors,
+            factors.unbind(),
+            terms if is_small else None,
+        )
+
+    def _coefficient_of_each(self) -> Tensor:
         classifier = self._find_classifier() if self.classifier_coefficient is not None else ()
         coefficients = [
             self.classifier_coefficient
@@ -219,25 +249,7 @@ class SoftWeightRescaling(PlasticityCallback):
             else self.coefficient
             for name in self._weights
         ]
-        of_weights = torch.tensor(coefficients, dtype=torch.float64)
-        owners = [self.optimizer_of(weight) for weight in self._weights.values()]
-        optimizers: list[Optimizer | None] = [*self.optimizers] or [None]
-        for optimizer in optimizers:
-            own = rescaling.groups * torch.tensor([owner in (optimizer, None) for owner in owners])
-            concerned = (rescaling.exponents[:, own.any(1)] != 0).any(1)
-            tensors = [t.tensor for t, is_one in zip(rescaling.targets, concerned.tolist(), strict=True) if is_one]
-            factors = self._initial_norms.new_ones(len(tensors))
-            exponents = rescaling.exponents[concerned]
-            terms = [[(i, exponent) for i, exponent in enumerate(row) if exponent] for row in exponents.tolist()]
-            is_small = factors.is_cpu and self._groups is None and sum(map(len, terms)) <= _FEW
-            yield _Share(
-                tensors,
-                exponents.to(self._initial_norms),
-                (own * of_weights).amax(1).to(self._initial_norms),
-                factors,
-                factors.unbind(),
-                terms if is_small else None,
-            )
+        return torch.tensor(coefficients, dtype=torch.float64)
 
     def _find_classifier(self) -> Sequence[str]:
         names = {module: name for name, module in self.model.named_modules()}
@@ -262,7 +274,8 @@ class SoftWeightRescaling(PlasticityCallback):
 
     @override
     def _stop(self) -> None:
-        self._flow, self._weights, self._shares = Flow((), ()), {}, []
+        self._flow, self._weights, self._shares = Flow((), ()), {}, {}
+        vars(self).pop("_rescaling", None)
 
     # ---- after every step
 
@@ -271,7 +284,7 @@ class SoftWeightRescaling(PlasticityCallback):
         which = 0 if optimizer is None else self.optimizers.index(optimizer)
         if self.rebase_on_lr_drop is not None:
             self._rebase(which, self.rebase_on_lr_drop)
-        share = self._shares[which]
+        share = self._share(which)
         if not share.tensors:
             return
         self._find_factors(share)

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -82,32 +83,41 @@ class Population:
         self._add(self._given or ())
 
     def check(self) -> None:
-        """Raises where there is nothing to work on."""
+        """Raises where there is nothing to work on, and warns where that waits for a layer to be unfrozen."""
         name = type(self._callback).__name__
-        where = type(self._callback.model).__name__ if self._callback.module is None else repr(self._callback.module)
-        if not self.sets:
+        if any(self._trains(unit_set) for unit_set in self.sets):
+            return
+        waiting = [layer for layer, module in self._layers().items() if not self._is_trained(module)]
+        if not self.sets and not waiting:
+            where = type(self._callback.model).__name__ if self._callback.module is None else self._callback.module
             raise ValueError(
-                f"{name} needs hidden units, but has none to work on in {where}. `find_units(model, example, "
+                f"{name} needs hidden units, but has none to work on in {where!r}. `find_units(model, example, "
                 "explain=True)` prints why layers are left out. Name the part of the model that has hidden units with "
                 "module=, exclude less, or give the units with units=."
                 + "".join(f"\n  {layer}: {reason}" for layer, reason in list(self._refused.items())[:12])
             )
-        if not any(self._trains(unit_set) for unit_set in self.sets):
-            raise ValueError(
-                f"{name} needs hidden units whose weights are trained, but a weight of each of "
-                f"{', '.join(repr(s.name) for s in self.sets)} requires no gradient or belongs to no optimizer. "
-                "Unfreeze them, hand them to the optimizer, or name another part of the model with module=."
-            )
+        rank_zero_warn(
+            f"{name} has nothing to do yet, for of the layers that are trained none has hidden units to work on. "
+            f"Frozen, or in no optimizer: {few(waiting or [unit_set.name for unit_set in self.sets])}. It begins with "
+            "those that are unfrozen and handed to an optimizer while training goes on."
+        )
+
+    def _layers(self) -> dict[str, nn.Module]:
+        """The modules with weights of their own that could make or use hidden units."""
+        return {
+            name: module
+            for name, module in named_modules_as_written(self._callback.scope, self._callback.module or "")
+            if any(p.ndim > 1 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Embedding)
+        }
+
+    def _is_trained(self, module: nn.Module) -> bool:
+        trained = [p for p in module.parameters(recurse=False) if p.requires_grad]
+        return any(not self._callback.optimizers or self._callback.optimizer_of(p) is not None for p in trained)
 
     def in_words(self) -> str:
         """How many units of how many layers there are, and which layers have none."""
         made = {table.module for unit_set in self.sets for table in unit_set.producers}
-        layers = [
-            name
-            for name, module in named_modules_as_written(self._callback.scope, self._callback.module or "")
-            if any(p.ndim > 1 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Embedding)
-        ]
-        others = [name for name in layers if name not in made]
+        others = [name for name in self._layers() if name not in made]
         words = f"{self.size:,} units of {len(made)} layers (of {len(made) + len(others)})."
         if others:
             words += f" Left out: {few(others)}; find_units(model, example, explain=True) says why."

@@ -56,6 +56,33 @@ def test_the_layers_chosen_and_no_others_are_reset(layers, expected):
             assert all(not state.any() for state in optimizer.state[parameter].values() if state.dim())
 
 
+@pytest.mark.parametrize("is_in_optimizer", [False, True])
+def test_last_layers_that_are_not_trained_are_passed_over(is_in_optimizer):
+    """The head is frozen, or belongs to no optimizer, and so does a copy that is called after it."""
+
+    class WithTarget(OutOfOrder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.target = OutOfOrder()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.target(x).detach()
+
+    model = WithTarget()
+    others = nn.ModuleList([model.head, model.target])
+    trained = [*model.body.parameters(), *model.norm.parameters()]
+    if is_in_optimizer:
+        others.requires_grad_(False)
+        trained += others.parameters()
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    method = LayerReset(1, every_n_train_steps=1).attach(model, optimizer)
+    model(torch.randn(8, 4)).square().sum().backward()
+    optimizer.step()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    method.step()
+    assert {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])} == BODY | NORM
+
+
 def test_new_values_come_from_where_the_layer_began():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 50), nn.BatchNorm1d(50), nn.ReLU(), nn.Linear(50, 60))
@@ -170,7 +197,7 @@ def test_what_cannot_work_is_refused():
         LayerReset(1, on_fit_start=True)
     with pytest.raises(ValueError, match=r"there is no 'heads'\. Its children are: head, norm, body, unused"):
         attach(OutOfOrder(), ["body", "heads"])
-    with pytest.raises(ValueError, match="layers=3 needs as many layers with weights, but the forward pass calls 2"):
+    with pytest.raises(ValueError, match="as many layers with weights that are trained, but the forward pass calls 2"):
         attach(OutOfOrder(), 3)
     with pytest.raises(ValueError, match="but the forward pass calls none"):
         attach(nn.Sequential(nn.BatchNorm1d(4)), 1)

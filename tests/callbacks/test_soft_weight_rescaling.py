@@ -456,6 +456,48 @@ def test_frozen_layers_before_the_trained_ones_stay_bitwise():
     assert same == {name for name in before if int(name.split(".")[0]) < 6}
 
 
+class Averaged(nn.Module):
+    """A network and its moving average in one forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.online, self.target = mlp(), mlp()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.online(x), self.target(x)
+
+
+@pytest.mark.parametrize("is_in_optimizer", [False, True])
+def test_what_others_move_is_left_to_them(is_in_optimizer):
+    """A target network is frozen, or belongs to no optimizer: what it is set to stays, until it is trained."""
+    model = Averaged()
+    if is_in_optimizer:
+        model.target.requires_grad_(False)
+    optimizer = torch.optim.SGD((model if is_in_optimizer else model.online).parameters(), lr=0.1)
+    method = SoftWeightRescaling(0.5).attach(model, optimizer)
+
+    def step() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        optimizer.zero_grad()
+        sum(y.square().sum() for y in model(torch.randn(4, 5))).backward()
+        optimizer.step()
+        with torch.no_grad():
+            for parameter in model.target.parameters():
+                parameter.mul_(1.1)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        method.step()
+        return before, model.state_dict()
+
+    before, after = step()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"online.{name}" for name, _ in model.online.named_parameters()}
+    if is_in_optimizer:
+        model.target.requires_grad_(True)
+    else:
+        optimizer.add_param_group({"params": model.target.parameters()})
+    before, after = step()
+    assert not torch.equal(before["target.0.weight"], after["target.0.weight"])
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_frozen_bias_after_a_trained_layer_is_refused(tied):
     model = mlp()
@@ -741,7 +783,7 @@ def test_python_s_numbers_give_the_factors_that_tensors_give(monkeypatch):
             model[2].weight.zero_()
             model[4].weight.mul_(0.5)
         method.step()
-        [share] = method._shares
+        [share] = method._shares.values()
         assert (share.terms is None) == (few == 0)
         factors[few] = share.factors
     assert factors[0].min() < 1 < factors[0].max()
