@@ -30,10 +30,11 @@ class ContinualBackprop(UnitCallback):
     replacements; fractions are saved up. A replaced unit gets incoming weights from their initial distribution and
     outgoing weights of 0; what it gave on average moves into the biases of the layers that used it.
 
-    The authors' code draws from a uniform distribution, clears the mean activation before its own compensation reads it,
-    and has an Adam that counts the steps of each weight. The same course for linear layers, with SGD, have ``init=
-    functools.partial(torch.nn.init.kaiming_uniform_, nonlinearity="relu"), compensate_bias=False``; in convolutions it
-    counts all units, not only mature ones, as earning replacements, and subtracts one mean for each channel.
+    The authors' code draws new weights from a uniform distribution, clears the mean activation before its own
+    compensation reads it, and has an Adam that counts the steps of each weight. With SGD and linear layers
+    ``init=functools.partial(torch.nn.init.kaiming_uniform_, nonlinearity="relu"), compensate_bias=False`` gives the
+    same course; in convolutions it counts all units, not only mature ones, as earning replacements, and subtracts one
+    mean for each channel.
 
     Args:
         replacement_rate: :math:`\rho`, the share of mature units replaced per step.
