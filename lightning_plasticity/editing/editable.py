@@ -1,7 +1,7 @@
 """What can be edited, parameters that are whole, floating-point and not computed from others, and with what."""
 
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,46 @@ def check_whole(model: nn.Module, needs: str) -> None:
     for name, parameter in model.named_parameters():
         if is_sharded(parameter):
             raise RuntimeError(
-                f"{needs} whole parameters on every rank, but {name!r} is sharded (FSDP, DeepSpeed "
-                "stage 3 or tensor parallelism). Use a strategy that keeps them whole, for instance strategy='ddp'."
+                f"{needs} whole parameters on every rank, but {name!r} is sharded ({_sharded_by(parameter)}). "
+                "Use a strategy that keeps them whole, for instance strategy='ddp'."
             )
+
+
+def _sharded_by(parameter: Tensor) -> str:
+    if hasattr(parameter, "ds_id"):
+        return "DeepSpeed stage 3"
+    if hasattr(parameter, "device_mesh"):
+        return "FSDP2 or tensor parallelism, as by ModelParallelStrategy"
+    return "FSDP1, which makes one flat parameter of many, as by strategy='fsdp'"
+
+
+def check_trains(model: nn.Module, optimizers: Iterable[Any]) -> None:
+    """Raise if optimizers train copies of a model's parameters, from which the next step would undo every edit.
+
+    An optimizer of something else is none of it, as long as another one trains the model.
+    """
+    optimizers = list(optimizers)
+    for optimizer in optimizers:
+        level = optimizer
+        while level is not None:  # Lightning's and Fabric's wrappers hold DeepSpeed's, which holds the one it was given
+            if any(kind.__module__.startswith("deepspeed.runtime.") for kind in type(level).__mro__):
+                raise RuntimeError(
+                    "Plasticity methods need an optimizer that trains the model's own parameters, but DeepSpeed, in "
+                    f"every stage, trains copies of them ({type(level).__name__}): what is written to the model would "
+                    "be lost without a word. Use another strategy, for instance strategy='ddp'."
+                )
+            level = getattr(level, "optimizer", None)
+    own = {id(parameter) for parameter in model.parameters()}
+    groups = [group for optimizer in optimizers for group in getattr(optimizer, "param_groups", ())]
+    trained = [id(parameter) for group in groups for parameter in group["params"]]
+    if trained and own.isdisjoint(trained):
+        names = ", ".join(type(getattr(optimizer, "optimizer", optimizer)).__name__ for optimizer in optimizers)
+        raise RuntimeError(
+            f"Plasticity methods need an optimizer that trains the model's own parameters, but {names} has none of "
+            f"those of {type(model).__name__}. If it trains copies of them, as some implementations of mixed precision "
+            "do, what is written to the model would be lost: use precision='bf16-mixed' or '16-mixed' instead. "
+            "Otherwise give the optimizer and the model that belong together."
+        )
 
 
 def check_editable(target: nn.Module | nn.Parameter, name: str) -> None:

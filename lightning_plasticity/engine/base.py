@@ -20,7 +20,7 @@ from typing_extensions import Self, override
 
 from lightning_plasticity import checks
 from lightning_plasticity.distributed import EqualDraws, agree_on_seed
-from lightning_plasticity.editing.editable import check_whole
+from lightning_plasticity.editing.editable import check_trains, check_whole
 from lightning_plasticity.editing.edits import Editor, OptimizerState
 from lightning_plasticity.editing.optimizer_state import OPTIMIZER_STATES
 from lightning_plasticity.engine.examination import Examination, Part, Question
@@ -253,7 +253,9 @@ class PlasticityCallback(Callback, ABC):
 
     def _attach(self, model: nn.Module, optimizers: Iterable[Any]) -> None:
         model = original(model)
+        optimizers = list(optimizers)
         self._scope = self._find_scope(model)
+        check_trains(model, optimizers)
         self._model = model
         if self._saved_of is not None and self._saved_of() is not model:
             self._saved = self._saved_of = None  # what was learnt of another model does not apply

@@ -177,5 +177,6 @@ def test_what_cannot_work_is_refused():
         OptimizerReset(every_n_epochs=1, optimizer_state="keep")
     with pytest.raises(ValueError, match="OptimizerReset needs the optimizer"):
         OptimizerReset(every_n_train_steps=1).attach(mlp())
+    model = mlp()
     with pytest.raises(ValueError, match="OptimizerReset needs parameters that the optimizer trains"):
-        OptimizerReset(every_n_train_steps=1, exclude="*").attach(mlp(), torch.optim.Adam(mlp().parameters()))
+        OptimizerReset(every_n_train_steps=1, exclude="*").attach(model, torch.optim.Adam(model.parameters()))

@@ -2,6 +2,7 @@
 
 import csv
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -107,16 +108,67 @@ def test_model_that_is_never_called_as_a_module() -> None:
         fit(NoisyUnits(3), module=NeverCalled)
 
 
-@pytest.mark.parametrize("mark", ["device_mesh", "_is_flat_param", "_fsdp_flattened", "ds_id"])
-def test_sharded_parameters(mark: str) -> None:
+@pytest.mark.parametrize(
+    ("mark", "by"),
+    [
+        ("device_mesh", "FSDP2 or tensor parallelism"),
+        ("_is_flat_param", "FSDP1, .* strategy='fsdp'"),
+        ("_fsdp_flattened", "FSDP1, .* strategy='fsdp'"),
+        ("ds_id", "DeepSpeed stage 3"),
+    ],
+)
+def test_sharded_parameters(mark: str, by: str) -> None:
     method, model, optimizer = attached()
     setattr(model.net.second.weight, mark, 1)
-    with pytest.raises(RuntimeError, match=r"'net.second.weight' is sharded .* strategy='ddp'"):
+    with pytest.raises(RuntimeError, match=rf"'net.second.weight' is sharded \({by}.*\)\. .* strategy='ddp'"):
         method.attach(model, optimizer)
     module = LightningNetwork()
     setattr(module.net.head.bias, mark, 1)
     with pytest.raises(RuntimeError, match=r"'net.head.bias' is sharded"):
         fit(NoisyUnits(3), module=module)
+
+
+class HoldsAnOptimizer:
+    """As DeepSpeed's optimizers, and the wrappers of Fabric, hold the one that they were given."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> Any:
+        return self.optimizer.param_groups
+
+
+def copies(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return [nn.Parameter(parameter.detach().float().clone()) for parameter in parameters]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("module", ["deepspeed.runtime.zero.stage_1_and_2", "deepspeed.runtime.bf16_optimizer"])
+def test_deepspeed_is_refused_in_every_stage(module: str, wrapped: bool) -> None:
+    model = seeded(Network)
+    kind = type("DeepSpeedZeroOptimizer", (HoldsAnOptimizer,), {"__module__": module})
+    optimizer = kind(adam(copies(model.parameters())))
+    method = NoisyUnits(3)
+    with pytest.raises(RuntimeError, match=r"DeepSpeed, .* \(DeepSpeedZeroOptimizer\): .* strategy='ddp'"):
+        method.attach(model, HoldsAnOptimizer(optimizer) if wrapped else optimizer)
+    method.attach(model, adam(model.parameters()))  # nothing is left of the failed one
+
+
+class TrainsCopies(LightningNetwork):
+    @override
+    def configure_optimizers(self) -> Any:
+        return adam(copies(self.parameters()))
+
+
+def test_an_optimizer_of_copies_is_refused() -> None:
+    model, other = seeded(Network), nn.Linear(2, 2)
+    message = r"but Adam has none of those of \w+\. If it trains copies .* belong together"
+    with pytest.raises(RuntimeError, match=message):
+        NoisyUnits(3).attach(model, adam(copies(model.parameters())))
+    with pytest.raises(RuntimeError, match=message):
+        fit(NoisyUnits(3), module=TrainsCopies)
+    NoisyUnits(3).attach(model, [adam(model.parameters()), adam(other.parameters())])  # one of them is enough
 
 
 def test_child_that_is_first_called_after_the_first_step() -> None:
