@@ -1,17 +1,15 @@
 """What can be edited, parameters that are whole, floating-point and not computed from others, and with what."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_plasticity.distributed import is_sharded
-
-EditableLayer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-EDITABLE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+from lightning_plasticity.layer_views import TORCH_LAYERS
 
 
 def check_whole(model: nn.Module, needs: str) -> None:
@@ -74,13 +72,13 @@ def check_editable(target: nn.Module | nn.Parameter, name: str) -> None:
 
     Example:
         >>> check_editable(nn.Linear(2, 3), "encoder")
-        >>> check_editable(nn.ConvTranspose2d(2, 3, 1), "decoder")  # doctest: +ELLIPSIS
+        >>> check_editable(nn.ConvTranspose2d(2, 4, 1, groups=2), "decoder")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: An edit needs a Linear or Conv layer or a normalisation module, but 'decoder' is a ConvTr...
+        ValueError: An edit needs a transposed convolution without groups, but 'decoder' has groups=2. Exclude it.
     """
     if isinstance(target, nn.Parameter):
         check_parameter(target, name)
-    elif isinstance(target, EDITABLE_LAYERS):
+    elif isinstance(target, TORCH_LAYERS):
         check_layer(target, name)
     else:
         check_norm(target, name)
@@ -99,8 +97,13 @@ def check_parameter(parameter: Tensor, name: str) -> None:
         raise RuntimeError(f"An edit needs floating-point parameters, but {name} is {parameter.dtype}. Exclude it.")
 
 
-def check_layer(layer: EditableLayer, name: str) -> None:
+def check_layer(layer: nn.Linear | _ConvNd, name: str) -> None:
     """Raise if the rows and columns of a layer cannot be written to."""
+    if isinstance(layer, _ConvTransposeNd) and layer.groups > 1:
+        raise ValueError(
+            f"An edit needs a transposed convolution without groups, but {name!r} has groups={layer.groups}. "
+            "Exclude it."
+        )
     for kind in ("weight", "bias"):
         if getattr(layer, kind) is not None and kind not in layer._parameters:
             raise RuntimeError(
@@ -122,11 +125,6 @@ def check_layer(layer: EditableLayer, name: str) -> None:
 def check_norm(module: nn.Module, name: str) -> None:
     """Raise if the entries of a normalisation module cannot be reset."""
     kind, has_reset = type(module).__name__, callable(getattr(module, "reset_parameters", None))
-    if isinstance(module, _TRANSPOSED):
-        raise ValueError(
-            f"An edit needs a Linear or Conv layer or a normalisation module, but {name!r} is a {kind}, "
-            "whose weight has its outputs in the second dimension. Exclude it."
-        )
     if is_parametrized(module):
         raise RuntimeError(
             f"An edit needs a module with parameters of its own, but {name!r} is parametrized, so that what is written "

@@ -5,7 +5,7 @@ All is checked before anything is written: an edit that fails has changed nothin
 out of range, and too few values for a mask, are seen beforehand on the CPU only, and reported by PyTorch on CUDA.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_plasticity.editing.editable import (
-    EDITABLE_LAYERS,
-    EditableLayer,
     check_device,
     check_index,
     check_layer,
@@ -27,6 +25,7 @@ from lightning_plasticity.editing.initial import copy_to_cpu, reset_on_cpu
 from lightning_plasticity.editing.optimizer_state import EntryState
 from lightning_plasticity.editing.optimizer_state import OptimizerState as OptimizerState
 from lightning_plasticity.editing.remainders import Remainders
+from lightning_plasticity.layer_views import TORCH_LAYERS, LayerView
 
 _Index: TypeAlias = tuple[Tensor | slice, ...]
 
@@ -77,38 +76,38 @@ class Editor:
         self._model = model
         self._state = EntryState(optimizers, optimizer_state)
         self.remainders = Remainders(model)
-        self._layers: dict[str, EditableLayer] = {}
+        self._layers: dict[str, LayerView] = {}
         self._initial_norms: dict[str, dict[str, Tensor]] = {}
 
     @torch.no_grad()
     def redraw_rows(self, module: str, rows: Tensor, values: Tensor) -> None:
         """Set these rows (outputs) of a layer's weight to ``values`` and of its bias, if it has one, to 0."""
         layer = self._layer(module)
-        check_index(rows, layer.weight, layer.weight.shape[0], module)
-        shape = (len(rows), *layer.weight.shape[1:])
+        check_index(rows, layer.weight, layer.outputs, module)
+        shape = (len(rows), *layer.by_output(layer.weight).shape[1:])
         if values.shape != shape:
             raise ValueError(
                 f"redraw_rows needs values of shape {shape} for {len(rows)} rows of {module!r}, "
                 f"but their shape is {tuple(values.shape)}."
             )
         check_device(values, layer.weight)
-        self._assign(layer.weight, (rows,), values)
+        self._assign(layer.weight, (rows,), values, layer.by_output)
         self.zero_bias(module, rows)
 
     @torch.no_grad()
     def scale_rows(self, module: str, rows: Tensor, factor: float) -> None:
         """Multiply these rows (outputs) of a layer's weight and bias by ``factor``."""
         layer = self._layer(module)
-        check_index(rows, layer.weight, layer.weight.shape[0], module)
-        for parameter in (layer.weight, layer.bias):
-            if parameter is not None:
-                self._assign(parameter, (rows,), parameter[rows] * factor)
+        check_index(rows, layer.weight, layer.outputs, module)
+        self._assign(layer.weight, (rows,), layer.by_output(layer.weight)[rows] * factor, layer.by_output)
+        if layer.bias is not None:
+            self._assign(layer.bias, (rows,), layer.bias[rows] * factor)
 
     @torch.no_grad()
     def zero_bias(self, module: str, rows: Tensor) -> None:
         """Set these entries of a layer's bias to 0; a layer without bias stays as it is."""
         layer = self._layer(module)
-        check_index(rows, layer.weight, layer.weight.shape[0], module)
+        check_index(rows, layer.weight, layer.outputs, module)
         if layer.bias is not None:
             self._assign(layer.bias, (rows,), layer.bias.new_zeros(()))
 
@@ -116,18 +115,20 @@ class Editor:
     def zero_columns(self, module: str, columns: Tensor) -> None:
         """Set to 0 what a layer multiplies these inputs (features, or channels of a convolution with any groups) by."""
         layer = self._layer(module)
-        check_index(columns, layer.weight, _groups(layer) * layer.weight.shape[1], module)
-        self._assign(layer.weight, _by_group(columns, layer), layer.weight.new_zeros(()), groups=_groups(layer))
+        check_index(columns, layer.weight, layer.inputs, module)
+        zero = layer.weight.new_zeros(())
+        self._assign(layer.weight, _by_group(columns, layer), zero, lambda whole: _split_rows(whole, layer))
 
     @torch.no_grad()
     def shift_bias(self, module: str, columns: Tensor, amounts: Tensor) -> None:
         """Add to a layer's bias what these inputs would add to its output if their values were ``amounts``.
 
-        Convolutions sum over the kernel: exact wherever the kernel does not reach into zero padding. A layer without
+        Convolutions sum over the kernel: exact wherever the kernel does not reach into zero padding . With a stride, an
+        output of a transposed convolution sees a part of the kernel only: then it is exact on average. A layer without
         bias stays as it is. Optimizer state stays: the bias goes on from where it is.
         """
         layer = self._layer(module)
-        check_index(columns, layer.weight, _groups(layer) * layer.weight.shape[1], module)
+        check_index(columns, layer.weight, layer.inputs, module)
         if amounts.shape != columns.shape:
             raise ValueError(
                 f"shift_bias needs one amount for each of {len(columns)} columns of {module!r}, "
@@ -135,16 +136,16 @@ class Editor:
             )
         if layer.bias is None:
             return
-        groups, precise = _groups(layer), torch.promote_types(layer.weight.dtype, torch.float32)
-        if groups == 1 and len(columns):  # all biases are shifted: without the masks, which take most of the time
-            used = layer.weight[:, columns].unsqueeze(-1).flatten(2).sum(-1, dtype=precise)
-            self._set([layer.bias], [layer.bias + (used * amounts.to(precise)).sum(1)])
+        precise = torch.promote_types(layer.weight.dtype, torch.float32)
+        if layer.groups == 1 and len(columns):  # all biases are shifted: without the masks, which take most of the time
+            used = layer.by_output(layer.weight)[:, columns].unsqueeze(-1).flatten(2).sum(-1, dtype=precise)
+            self._set([layer.bias], [layer.bias + (used * amounts.to(precise)).sum(1) * layer.seen_of_kernel])
             return
-        used = _split_rows(layer.weight, groups)[_by_group(columns, layer)]
+        used = _split_rows(layer.weight, layer)[_by_group(columns, layer)]
         added = used.unsqueeze(-1).flatten(2).sum(-1, dtype=precise) * amounts.to(precise).unsqueeze(-1)
         # A sum under a mask, because index_add_ on CUDA differs from run to run and a product of matrices may be TF32.
-        group = torch.arange(groups, device=columns.device).unsqueeze(-1)
-        is_in_group = columns // layer.weight.shape[1] == group
+        group = torch.arange(layer.groups, device=columns.device).unsqueeze(-1)
+        is_in_group = columns // (layer.inputs // layer.groups) == group
         shift = torch.where(is_in_group.unsqueeze(-1), added, 0.0).sum(1)
         is_shifted = is_in_group.any(1, keepdim=True).expand_as(shift)
         shifted = torch.where(is_shifted.flatten(), layer.bias + shift.flatten(), layer.bias)
@@ -266,28 +267,27 @@ class Editor:
                 "Take one from model.named_modules()."
             ) from error
 
-    def _layer(self, name: str) -> EditableLayer:
+    def _layer(self, name: str) -> LayerView:
         if name not in self._layers:
             layer = self._find(name)
-            if not isinstance(layer, EDITABLE_LAYERS):
+            if not isinstance(layer, TORCH_LAYERS):
                 raise ValueError(
                     "Editing rows and columns needs a Linear or Conv layer, "
                     f"but {name!r} is a {type(layer).__name__}. Exclude it."
                 )
             check_layer(layer, name)
-            self._layers[name] = layer
+            self._layers[name] = LayerView(layer)
         return self._layers[name]
 
-    def _assign(self, tensor: Tensor, index: _Index, values: Tensor, groups: int | None = None) -> None:
-        def indexed(whole: Tensor) -> Tensor:
-            return whole if groups is None else _split_rows(whole, groups)
-
-        indexed(tensor)[index] = values.to(tensor.dtype)
-        self._state.renew(tensor, index, indexed)
+    def _assign(
+        self, tensor: Tensor, index: _Index, values: Tensor, view: Callable[[Tensor], Tensor] = lambda whole: whole
+    ) -> None:
+        view(tensor)[index] = values.to(tensor.dtype)
+        self._state.renew(tensor, index, view)
 
 
 def _initial_norm(norm: nn.Module, name: str) -> dict[str, Tensor]:
-    if isinstance(norm, EDITABLE_LAYERS):
+    if isinstance(norm, TORCH_LAYERS):
         raise ValueError(
             f"reset_norm needs a normalisation module, but {name!r} is a {type(norm).__name__}. Use redraw_rows."
         )
@@ -300,17 +300,13 @@ def _initial_norm(norm: nn.Module, name: str) -> dict[str, Tensor]:
     return {name: getattr(twin, name).detach().to(tensor) for name, tensor in tensors.items()}
 
 
-def _groups(layer: EditableLayer) -> int:
-    return 1 if isinstance(layer, nn.Linear) else layer.groups
+def _split_rows(tensor: Tensor, layer: LayerView) -> Tensor:
+    return torch.unflatten(layer.by_output(tensor), 0, (layer.groups, -1))
 
 
-def _split_rows(tensor: Tensor, groups: int) -> Tensor:
-    return torch.unflatten(tensor, 0, (groups, -1))
-
-
-def _by_group(columns: Tensor, layer: EditableLayer) -> _Index:
+def _by_group(columns: Tensor, layer: LayerView) -> _Index:
     """Where a layer's inputs are in its weight after :func:`_split_rows`."""
-    width = layer.weight.shape[1]
+    width = layer.inputs // layer.groups
     return columns // width, slice(None), columns % width
 
 

@@ -2,13 +2,14 @@
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_plasticity import checks
+from lightning_plasticity.layer_views import TORCH_LAYERS, LayerView
 
 
 class Initializer(Protocol):
@@ -105,7 +106,8 @@ class InitialDistribution:
             name: One of the parameters recorded.
             generator: Where randomness comes from. Draws are made on its device and moved to the parameter's, so that a
                 CPU generator gives the same values on any device. (``"reset_parameters"`` waits for a CUDA generator.)
-            rows: Draw only these rows (the first dimension), instead of the whole parameter.
+            rows: Draw only what makes these outputs of a layer (the first dimension; in transposed convolutions the
+                second), instead of the whole parameter. The values have outputs in the first dimension.
 
         Raises:
             KeyError: If the parameter was not recorded.
@@ -113,7 +115,8 @@ class InitialDistribution:
         """
         mean, std = self._moments[name]
         parameter = self._parameter(name)
-        shape = parameter.shape if rows is None else torch.Size((len(rows), *parameter.shape[1:]))
+        by_output = self._by_output(name, parameter)
+        shape = parameter.shape if rows is None else torch.Size((len(rows), *by_output(parameter).shape[1:]))
         options: dict[str, Any] = {"device": generator.device, "dtype": _drawn_in(parameter)}
         if self._init == "empirical":
             values = torch.randn(shape, generator=generator, **options).mul_(std).add_(mean)
@@ -122,7 +125,7 @@ class InitialDistribution:
             values = torch.empty(shape, **options).uniform_(-bound, bound, generator=generator)
         else:
             whole = self._draw_whole(name, generator, torch.zeros(parameter.shape, **options))
-            values = whole if rows is None else whole[rows.to(whole.device)]
+            values = whole if rows is None else by_output(whole)[rows.to(whole.device)]
         return values.to(parameter.device, parameter.dtype)
 
     def mean(self, name: str) -> float:
@@ -175,6 +178,12 @@ class InitialDistribution:
     def _owner(self, name: str) -> tuple[str, nn.Module]:
         owner = name.rpartition(".")[0]
         return owner, self._model.get_submodule(owner)
+
+    def _by_output(self, name: str, parameter: Tensor) -> Callable[[Tensor], Tensor]:
+        _, owner = self._owner(name)
+        if isinstance(owner, TORCH_LAYERS) and parameter is owner.weight:
+            return LayerView(owner).by_output
+        return lambda tensor: tensor
 
     def _fan_in(self, name: str) -> int:
         _, owner = self._owner(name)

@@ -16,7 +16,7 @@ from lightning_plasticity import checks
 from lightning_plasticity.editing.initial import InitialDistribution
 from lightning_plasticity.engine.activations import Activations, sum_of_sizes
 from lightning_plasticity.engine.base import PlasticityCallback, few
-from lightning_plasticity.engine.unit_sets import Reader, Table, UnitSet, channels_of, check_units, renamed
+from lightning_plasticity.engine.unit_sets import Reader, Table, UnitSet, by_output, channels_of, check_units, renamed
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.find import Findings, HiddenUnits, explore
 from lightning_plasticity.units.names import named_modules_as_written, original
@@ -296,7 +296,8 @@ class Population:
         parts = []
         for i in sets:
             unit_set = self.sets[i]
-            rows = unit_set.weights[0].detach()[unit_set.producers[0].entries[:, 0]]
+            main = unit_set.producers[0]
+            rows = by_output(original(self._callback.model.get_submodule(main.module)))[main.entries[:, 0]]
             parts.append(rows.flatten(1).abs().mean(1, dtype=self.dtype))
         return torch.cat(parts)
 
@@ -345,6 +346,8 @@ def average_in(average: Tensor, places: Index, values: Tensor, weight: float) ->
 
 def _size_by_column(reader: Reader, dtype: torch.dtype) -> Tensor:
     # Over outputs first, with the kernel left in one row with the inputs: over both at once takes twice the time.
-    by_group = torch.unflatten(reader.weight, 0, (reader.groups, -1)).flatten(2)  # group, output, input and kernel
+    by_group = torch.unflatten(by_output(reader.layer), 0, (reader.groups, -1)).flatten(
+        2
+    )  # group, output, input and kernel
     sizes = sum_of_sizes(by_group, [1], dtype)
     return sizes.view(channels_of(reader.layer), -1).sum(1) if reader.weight.ndim > 2 else sizes.flatten()

@@ -8,9 +8,9 @@ from dataclasses import replace as changed
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from lightning_plasticity.editing.editable import check_editable
+from lightning_plasticity.layer_views import TORCH_LAYERS, LayerView
 from lightning_plasticity.units.find import HiddenUnits, Slots
 
 
@@ -52,7 +52,7 @@ class Reader:
     @property
     def groups(self) -> int:
         """Those of a grouped convolution; otherwise 1."""
-        return self.layer.groups if isinstance(self.layer, _ConvNd) else 1
+        return _view(self.layer).groups
 
     @property
     def weights_per_column(self) -> int:
@@ -88,9 +88,23 @@ class UnitSet:
 
 def channels_of(layer: nn.Module) -> int:
     """How many input channels a linear or convolution layer has."""
-    channels = layer.in_channels if isinstance(layer, _ConvNd) else layer.in_features
-    assert isinstance(channels, int)
-    return channels
+    return _view(layer).inputs
+
+
+def outputs_of(layer: nn.Module) -> int:
+    """How many output channels a linear or convolution layer has."""
+    return _view(layer).outputs
+
+
+def by_output(layer: nn.Module) -> Tensor:
+    """A layer's weight with the outputs first, then the inputs (of a group)."""
+    view = _view(layer)
+    return view.by_output(view.weight.detach())
+
+
+def _view(layer: nn.Module) -> LayerView:
+    assert isinstance(layer, TORCH_LAYERS)
+    return LayerView(layer)
 
 
 def weights_of_producers(sets: Iterable[UnitSet]) -> list[str]:
@@ -126,7 +140,7 @@ def check_units(model: nn.Module, units: HiddenUnits) -> tuple[Tensor, ...]:
         weight = layer.weight
         assert isinstance(weight, Tensor)
         is_producer = any(slots is producer for producer in units.producers)
-        limit = weight.shape[0] if is_producer else channels_of(layer)
+        limit = outputs_of(layer) if is_producer else channels_of(layer)
         what = "outputs" if is_producer else "inputs"
         if len(slots.entry) == 0 or not 0 <= int(slots.entry.min()) <= int(slots.entry.max()) < limit:
             raise ValueError(

@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from lightning_plasticity.layer_views import LayerView
+
 TORCH_NORMS = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
 
 
@@ -29,22 +31,23 @@ class Layer:
     @property
     def size(self) -> int:
         """How many output channels."""
-        return self.module.weight.shape[0]
+        return LayerView(self.module).outputs
 
     @property
     def columns(self) -> int:
         """How many input channels."""
-        return self.module.in_features if isinstance(self.module, nn.Linear) else self.module.in_channels
+        return LayerView(self.module).inputs
 
     @property
     def depthwise(self) -> bool:
         """Whether each output channel sees a single input channel."""
-        return isinstance(self.module, _ConvNd) and 1 < self.module.groups == self.module.in_channels
+        view = LayerView(self.module)
+        return 1 < view.groups == view.inputs
 
     @property
     def channel_dim(self) -> int:
         """The channel dimension of inputs and outputs, counted from the end (inputs may come without a batch)."""
-        return -1 if isinstance(self.module, nn.Linear) else -1 - len(self.module.kernel_size)
+        return LayerView(self.module).channel_dim
 
     @property
     def numbers(self) -> Tensor:

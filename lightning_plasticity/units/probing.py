@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
+from lightning_plasticity.layer_views import TORCH_LAYERS
 from lightning_plasticity.units.channels import (
     TORCH_NORMS,
     Layer,
@@ -40,7 +41,7 @@ from lightning_plasticity.units.examining import undisturbed as undisturbed
 from lightning_plasticity.units.names import named_modules_as_written
 
 # Layers that mix their input channels in a way for which no column of one weight belongs to one input channel.
-_OPAQUE = (_ConvTransposeNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
+_OPAQUE = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
 _DROPOUTS = (nn.modules.dropout._DropoutNd,)
 
 _ACTIVATIONS = frozenset(
@@ -51,7 +52,7 @@ _ACTIVATIONS = frozenset(
     )
 )
 _PRODUCTS = frozenset(["mul", "multiply", "__mul__", "__rmul__", "__imul__"])
-LAYER_CALLS = frozenset(["linear", "conv1d", "conv2d", "conv3d"])
+LAYER_CALLS = frozenset(["linear", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))])
 _SOFTMAXES = frozenset(["softmax", "log_softmax", "softmin"])
 _SCALAR_READS = frozenset(["item", "tolist", "__bool__", "__float__", "__int__", "__index__"])
 _LOOKS_FOR_NAN = frozenset(["isfinite", "isnan", "isinf", "isposinf", "isneginf"])
@@ -75,11 +76,7 @@ class Network:
     def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs
         modules = dict(named_modules_as_written(model))
-        self.layers = [
-            Layer(name, m)
-            for name, m in modules.items()
-            if isinstance(m, (nn.Linear, _ConvNd)) and not isinstance(m, _ConvTransposeNd)
-        ]
+        self.layers = [Layer(name, m) for name, m in modules.items() if isinstance(m, TORCH_LAYERS)]
         self.norms = {name: m for name, m in modules.items() if is_norm(m)}
         self.opaque = {name: m for name, m in modules.items() if isinstance(m, _OPAQUE)}
         known = {layer.module for layer in self.layers} | {*self.norms.values()}
@@ -105,6 +102,8 @@ class Network:
             weight = layer.module._parameters.get("weight")
             if weight is None:
                 layer.reason = "its weight is computed (parametrized or weight-normalised), not a parameter"
+            elif isinstance(layer.module, _ConvTransposeNd) and layer.module.groups > 1:
+                layer.reason = f"it is a transposed convolution with groups={layer.module.groups}"
             elif not weight.is_floating_point():
                 layer.reason = f"its weight has the type {weight.dtype}, not a floating-point one"
             elif len(owners[id(weight)]) > 1:

@@ -20,7 +20,7 @@ T = TypeVar("T")
 _MATRIX_CALLS = LAYER_CALLS | frozenset(
     (
         *("matmul", "__matmul__", "__rmatmul__", "mm", "addmm", "bmm", "baddbmm", "einsum", "tensordot", "bilinear"),
-        *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "multi_head_attention_forward"),
+        "multi_head_attention_forward",
         *(f"{kind}{cell}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for cell in ("", "_cell")),
     )
 )

@@ -117,9 +117,10 @@ class Reference:
 @st.composite
 def layers(draw: st.DrawFn) -> nn.Module:
     torch.manual_seed(draw(st.integers(0, 2**16)))
-    kind = draw(st.sampled_from([nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d]))
+    transposed = [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
+    kind = draw(st.sampled_from([nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *transposed]))
     bias = draw(st.booleans())
-    groups = 1 if kind is nn.Linear else draw(st.integers(1, 3))
+    groups = 1 if kind in (nn.Linear, *transposed) else draw(st.integers(1, 3))
     inputs, outputs = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
     if kind is nn.Linear:
         layer: nn.Module = nn.Linear(inputs, outputs, bias=bias)
@@ -144,8 +145,19 @@ def entries(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     return found
 
 
+def is_transposed(layer: Any) -> bool:
+    return isinstance(layer, nn.modules.conv._ConvTransposeNd)
+
+
+def outputs_first(layer: Any, entry: tuple[int, ...]) -> tuple[int, ...]:
+    """An entry of a layer's weight with the output before the input, or the other way round."""
+    return (entry[1], entry[0], *entry[2:]) if is_transposed(layer) else entry
+
+
 def inputs_of(layer: Any, entry: tuple[int, ...]) -> int:
     """The input column that a weight's entry multiplies."""
+    if is_transposed(layer):
+        return entry[0]
     groups = getattr(layer, "groups", 1)
     outputs, width = layer.weight.shape[:2]
     return entry[0] // (outputs // groups) * width + entry[1]
@@ -166,21 +178,25 @@ def test_edits_of_rows_and_columns(layer: Any, name: str, mode: Any, data: st.Da
     editor = Editor(model, [optimizer], mode)
     written: dict[str, dict[tuple[int, ...], float]] = {"1.weight": {}, "1.bias": {}}
     columns_count = weight.shape[1] * getattr(layer, "groups", 1)
-    chosen = some_of(data, columns_count if edit in ("zero_columns", "shift_bias") else len(weight))
+    if is_transposed(layer):
+        columns_count = len(weight)
+    rows = weight.shape[1:2] + weight.shape[:1] + weight.shape[2:] if is_transposed(layer) else weight.shape
+    chosen = some_of(data, columns_count if edit in ("zero_columns", "shift_bias") else rows[0])
 
     if edit == "redraw_rows":
-        values = torch.arange(len(chosen) * weight[0].numel(), dtype=torch.float64).view(len(chosen), *weight.shape[1:])
+        values = torch.arange(len(chosen) * math.prod(rows[1:]), dtype=torch.float64).view(len(chosen), *rows[1:])
         editor.redraw_rows("1", chosen, values)
         for k, row in enumerate(chosen.tolist()):
-            for rest in entries(weight.shape[1:]):
-                written["1.weight"][(row, *rest)] = values[(k, *rest)].item()
+            for rest in entries(rows[1:]):
+                written["1.weight"][outputs_first(layer, (row, *rest))] = values[(k, *rest)].item()
             if bias is not None:
                 written["1.bias"][(row,)] = 0.0
     elif edit == "scale_rows":
         editor.scale_rows("1", chosen, -0.25)
         for row in chosen.tolist():
-            for rest in entries(weight.shape[1:]):
-                written["1.weight"][(row, *rest)] = (reference.before["1.weight"][(row, *rest)] * -0.25).item()
+            for rest in entries(rows[1:]):
+                place = outputs_first(layer, (row, *rest))
+                written["1.weight"][place] = (reference.before["1.weight"][place] * -0.25).item()
             if bias is not None:
                 written["1.bias"][(row,)] = (reference.before["1.bias"][row] * -0.25).item()
     elif edit == "zero_bias":
@@ -199,10 +215,23 @@ def test_edits_of_rows_and_columns(layer: Any, name: str, mode: Any, data: st.Da
         amount_of = dict(zip(chosen.tolist(), amounts.tolist(), strict=True))
         for entry in entries(weight.shape) if bias is not None else []:
             if inputs_of(layer, entry) in amount_of:
-                old = written["1.bias"].get((entry[0],), reference.before["1.bias"][entry[0]].item())
+                row = outputs_first(layer, entry)[0]
+                old = written["1.bias"].get((row,), reference.before["1.bias"][row].item())
                 product = amount_of[inputs_of(layer, entry)] * reference.before["1.weight"][entry].item()
-                written["1.bias"][(entry[0],)] = old + product
+                written["1.bias"][(row,)] = old + product
     reference.check(written)
+
+
+def test_compensation_in_a_transposed_convolution_with_a_stride() -> None:
+    """What constant inputs give is kept on average over positions, away from the border."""
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(3, 2, 4, stride=2, padding=1)
+    x = torch.tensor([1.0, -2.0, 0.5]).view(1, 3, 1, 1).expand(1, 3, 6, 6)
+    before = layer(x)[..., 2:-2, 2:-2].mean((2, 3))
+    editor, columns = Editor(layer), torch.tensor([0, 2])
+    editor.shift_bias("", columns, torch.tensor([1.0, 0.5]))
+    editor.zero_columns("", columns)
+    torch.testing.assert_close(layer(x)[..., 2:-2, 2:-2].mean((2, 3)), before)
 
 
 class ShiftedNorm(nn.Module):
@@ -663,7 +692,7 @@ def parametrized_norm() -> nn.Module:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
-    "transposed": (lambda: nn.ConvTranspose2d(3, 2, 1), ValueError, "ConvTranspose2d"),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 2, 1, groups=2), ValueError, "without groups, but .* has groups=2"),
     "no reset_parameters": (Other, ValueError, r"needs its reset_parameters\(\), but 'part', a Other, has none"),
     "parametrized": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), RuntimeError, "part.weight"),
     "old weight norm": (old_weight_norm, RuntimeError, "is computed from other tensors"),

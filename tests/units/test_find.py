@@ -342,8 +342,8 @@ def two_layers(forward, width=8):
     return lambda: Function(forward, a=nn.Linear(6, width), b=nn.Linear(width, 2))
 
 
-def with_transposed_convolution():
-    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 4, 2), nn.Conv2d(4, 2, 1))
+def with_recurrence():
+    return Function(lambda s, x: s.b(s.a(x))[0], a=nn.Linear(8, 8), b=nn.LSTM(8, 4, batch_first=True))
 
 
 def weight_normalised():
@@ -356,7 +356,7 @@ def weight_normalised():
         (mlp, VECTOR, "5", "output"),
         (residual, IMAGE, "conv2", "residual stream"),
         (residual, IMAGE, "stem", "residual stream"),
-        (with_transposed_convolution, IMAGE, "0", "ConvTranspose2d"),
+        (with_recurrence, TOKENS, "a", "LSTM"),
         (weight_normalised, VECTOR, "0", "computed"),
         (two_layers(lambda s, x: s.b(s.a(x) @ torch.ones(8, 8))), VECTOR, "a", "mixed"),
         (two_layers(lambda s, x: s.b((s.a(x) > 0).float())), VECTOR, "a", "decision"),

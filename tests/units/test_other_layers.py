@@ -1,6 +1,7 @@
 """Layers that are not torch's linear and convolution layers: transposed, recurrent, home-made, attention."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_plasticity.units import explore
-from units.property_check import invalid
+from lightning_plasticity.units.find import Slots
+from units.property_check import holds, invalid
 from units.test_find import IMAGE, TOKENS, VECTOR, Function, by_name, modules, randomised
 
 
@@ -74,10 +76,10 @@ def test_home_made_layers_are_named(use):
         (lstm, TOKENS, "lstm", "its type is LSTM"),
         (lambda: nn.Sequential(Conv1D(6, 8), nn.ReLU(), nn.Linear(8, 2)), VECTOR, "0", "its type is Conv1D"),
         (
-            lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.Conv2d(4, 2, 1)),
+            lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.ConvTranspose2d(4, 2, 1, groups=2)),
             IMAGE,
-            "0",
-            "its type is ConvTranspose2d",
+            "1",
+            "transposed convolution with groups=2",
         ),
         (lambda: nn.TransformerEncoderLayer(8, 2, 16), TOKENS, "self_attn", "its type is MultiheadAttention"),
         (lambda: nn.TransformerEncoderLayer(8, 2, 16), TOKENS, "self_attn.out_proj", "multi_head_attention_forward"),
@@ -98,6 +100,70 @@ def test_a_weight_that_is_used_elsewhere_transposed_is_seen():
         found = explore(network, VECTOR, {})
         assert found.units == []
         assert "also used outside of it" in found.left_out["a"]
+
+
+# ---- transposed convolutions
+
+
+def generator():
+    """As a DCGAN's."""
+    return nn.Sequential(
+        nn.ConvTranspose2d(6, 16, 4, 1, 0, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.ConvTranspose2d(16, 8, 4, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.ConvTranspose2d(8, 3, 4, 2, 1), nn.Tanh(),
+    )  # fmt: skip
+
+
+def u_net():
+    def forward(s, x):
+        skip = F.relu(s.norm(s.down(x)))
+        deep = F.relu(s.deep(F.max_pool2d(skip, 2)))
+        return s.head(F.relu(s.merge(torch.cat([skip, s.up(deep, output_size=skip.shape[-2:])], 1))))
+
+    return Function(
+        forward,
+        down=nn.Conv2d(3, 6, 3, padding=1), norm=nn.BatchNorm2d(6), deep=nn.Conv2d(6, 12, 3, padding=1),
+        up=nn.ConvTranspose2d(12, 5, 2, stride=2), merge=nn.Conv2d(11, 7, 3, padding=1), head=nn.Conv2d(7, 2, 1),
+    )  # fmt: skip
+
+
+def one_and_three_dimensions():
+    def forward(s, x):
+        return s.d(F.relu(s.c(F.relu(s.b(F.relu(s.a(x)))).unsqueeze(2).unsqueeze(2))).flatten(1))
+
+    return Function(
+        forward,
+        a=nn.ConvTranspose1d(2, 6, 3), b=nn.ConvTranspose1d(6, 4, 3, stride=2),
+        c=nn.ConvTranspose3d(4, 5, 1), d=nn.Linear(5 * 15, 2),
+    )  # fmt: skip
+
+
+TRANSPOSED = {
+    "generator": (generator, (torch.randn(1, 6, 1, 1),), {"0", "3"}),
+    "u_net": (u_net, IMAGE, {"down", "deep", "up", "merge"}),
+    "one_and_three_dimensions": (one_and_three_dimensions, (torch.randn(1, 2, 5),), {"a", "b", "c"}),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_transposed_convolutions(name):
+    torch.manual_seed(0)
+    build, inputs, expected = TRANSPOSED[name]
+    model = randomised(build())
+    found = explore(model, inputs, {}).units
+    assert {units.name for units in found} == expected
+    assert all(units.exact for units in found)
+    assert invalid(model, inputs, found) == []
+
+
+def test_the_check_sees_rows_and_columns_of_a_transposed_convolution_that_are_mistaken():
+    torch.manual_seed(0)
+    model = randomised(nn.Sequential(nn.ConvTranspose2d(3, 5, 2), nn.ReLU(), nn.ConvTranspose2d(5, 2, 2)))
+    (units,) = explore(model, IMAGE, {}).units
+    columns = units.consumers[0]
+    shifted = replace(units, consumers=(Slots(columns.module, columns.entry, columns.unit.roll(1)),))
+    assert holds(model, IMAGE, units)
+    assert not holds(model, IMAGE, shifted)
 
 
 # ---- attention

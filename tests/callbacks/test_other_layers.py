@@ -1,0 +1,60 @@
+"""Layers that hold their weights another way round are treated as the layers that do the same."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_plasticity import ActivationReset, ContinualBackprop, ReDo
+
+METHODS = {
+    "ContinualBackprop": lambda: ContinualBackprop(0.05, maturity_threshold=3),
+    "ContinualBackprop by weight": lambda: ContinualBackprop(0.05, maturity_threshold=3, utility="weight"),
+    "ContinualBackprop by adaptation": lambda: ContinualBackprop(0.05, maturity_threshold=3, utility="adaptation"),
+    "ActivationReset": lambda: ActivationReset("relu", maturity_threshold=3, max_weight=0.3),
+    "ReDo": lambda: ReDo(0.5, every_n_train_steps=4),
+}
+
+
+def convolutions() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 12, 1), nn.ReLU(), nn.Conv2d(12, 10, 1), nn.ReLU(), nn.Conv2d(10, 2, 1))
+
+
+def transposed() -> nn.Sequential:
+    model = convolutions()
+    for i in (0, 2, 4):
+        like = nn.ConvTranspose2d(model[i].in_channels, model[i].out_channels, 1)
+        like.load_state_dict({"weight": model[i].weight.transpose(0, 1), "bias": model[i].bias})
+        model[i] = like
+    return model
+
+
+def train(model: nn.Module, method=None) -> list[torch.Tensor]:
+    """Weights with the outputs first, and the optimizer's memory of them, after some steps."""
+    x, y = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(1)), 0.5
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    if method is not None:
+        method.attach(model, optimizer)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        if method is not None:
+            method.step()
+    if method is not None:
+        method.detach()
+    found = []
+    for layer in (model[0], model[2], model[4]):
+        is_transposed = isinstance(layer, nn.ConvTranspose2d)
+        for tensor in (layer.weight, optimizer.state[layer.weight]["exp_avg_sq"]):
+            found.append(tensor.detach().transpose(0, 1) if is_transposed else tensor.detach())
+        found.append(layer.bias.detach())
+    return found
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_transposed_convolutions_like_convolutions(name):
+    plain = train(convolutions())
+    expected = train(convolutions(), METHODS[name]())
+    assert any(not torch.allclose(a, b, atol=1e-3) for a, b in zip(plain, expected, strict=True))
+    torch.testing.assert_close(train(transposed(), METHODS[name]()), expected, rtol=1e-4, atol=1e-6)
