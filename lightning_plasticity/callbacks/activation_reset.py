@@ -18,6 +18,7 @@ from lightning_plasticity.engine.unit_callback import UnitCallback
 from lightning_plasticity.engine.unit_sets import UnitSet
 from lightning_plasticity.functional.activation_reset import RELU, TANH, ActivationStrategy, strategy_for
 from lightning_plasticity.functional.continual_backprop import bias_corrected, least
+from lightning_plasticity.names import submodule
 from lightning_plasticity.units.find import HiddenUnits
 
 Strategy: TypeAlias = Literal["auto", "relu", "tanh"] | ActivationStrategy
@@ -184,7 +185,7 @@ class ActivationReset(UnitCallback):
         key = tuple(sets)
         if key not in self._clamped:
             modules = dict.fromkeys(t.module for i in sets for t in self._population.sets[i].producers)
-            layers: list[nn.Module] = [self.model.get_submodule(name) for name in modules]
+            layers: list[nn.Module] = [submodule(self.model, name) for name in modules]
             self._clamped[key] = [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
         return self._clamped[key]
 

@@ -13,6 +13,7 @@ from lightning_plasticity.engine.schedule import Schedule, ScheduledCallback
 from lightning_plasticity.functional.isometry_reinit import nearest_isometry
 from lightning_plasticity.layers.matrices import FUSED, Matrices
 from lightning_plasticity.layers.weights import LayerPatterns, find_weights
+from lightning_plasticity.names import submodule
 
 
 class IsometryReinit(ScheduledCallback):
@@ -87,7 +88,7 @@ class IsometryReinit(ScheduledCallback):
     @override
     def _start(self) -> None:
         found = find_weights(self.model, self.module or "", self.patterns)
-        layers = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in found}
+        layers = {name: submodule(self.model, name.rpartition(".")[0]) for name in found}
         matrices = {name: Matrices.of(layers[name], name, weight, self.fused) for name, weight in found.items()}
         self._matrices = {name: of_weight for name, of_weight in matrices.items() if not of_weight.is_depthwise}
         self._weights = {name: found[name] for name in self._matrices}

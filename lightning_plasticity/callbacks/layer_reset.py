@@ -18,9 +18,9 @@ from lightning_plasticity.engine.base import few
 from lightning_plasticity.engine.examination import Part
 from lightning_plasticity.engine.schedule import Schedule, ScheduledCallback
 from lightning_plasticity.layers.flow import flow_in
+from lightning_plasticity.names import named_modules_as_written, original, submodule
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.channels import is_norm
-from lightning_plasticity.units.names import named_modules_as_written, original
 
 
 class LayerReset(ScheduledCallback):
@@ -195,7 +195,7 @@ class LayerReset(ScheduledCallback):
         if drawn:  # or all belong to an optimizer that has not stepped
             self.editor.write(list(drawn.values()), fresh)
         for name in self._norms:
-            norm = self.model.get_submodule(name)
+            norm = submodule(self.model, name)
             if all(id(parameter) in due for parameter in norm.parameters(recurse=False)):
                 self.editor.reset_norm(name)
 

@@ -28,9 +28,9 @@ from lightning_plasticity.metrics.base import ReferencedMetric
 from lightning_plasticity.monitoring.features import FeatureReader, call_with, inputs_and_targets_of, inputs_of
 from lightning_plasticity.monitoring.measures import Measures, mean_and_layers, named
 from lightning_plasticity.monitoring.pictures import Record, picture, send_figure, send_numbers
+from lightning_plasticity.names import named_modules_as_written, original
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.examining import is_examining, undisturbed
-from lightning_plasticity.units.names import named_modules_as_written, original
 
 
 class PlasticityMonitor(Callback):

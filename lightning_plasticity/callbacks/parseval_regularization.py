@@ -16,6 +16,7 @@ from lightning_plasticity.functional.parseval_regularization import parseval_upd
 from lightning_plasticity.layers.flow import flow_in
 from lightning_plasticity.layers.trained import LayerWeights
 from lightning_plasticity.layers.weights import LayerPatterns
+from lightning_plasticity.names import submodule
 from lightning_plasticity.units.calls import ForwardCall
 
 
@@ -93,7 +94,7 @@ class ParsevalRegularization(PlasticityCallback):
     @override
     def hear_of(self, part: Part, call: ForwardCall | None) -> None:
         reaching = frozenset().union(*part.found.outputs)
-        last = (self.model.get_submodule(layer.name) for layer in part.found.layers if layer.name in reaching)
+        last = (submodule(self.model, layer.name) for layer in part.found.layers if layer.name in reaching)
         self._last.update(parameter for layer in last for parameter in layer.parameters())
 
     @override

@@ -25,8 +25,8 @@ from lightning_plasticity.functional.soft_weight_rescaling import (
 )
 from lightning_plasticity.layers.flow import Flow, flow_in
 from lightning_plasticity.layers.rescaling import change_of_outputs, plan
+from lightning_plasticity.names import submodule
 from lightning_plasticity.units.calls import ForwardCall
-from lightning_plasticity.units.names import original
 
 _LARGE = 0.01  # a change of the outputs, as a share of their size, that a step should not bring about by itself
 _FEW = 100  # factors and their products; far more are better worked out together
@@ -260,7 +260,7 @@ class SoftWeightRescaling(PlasticityCallback):
                     given = get_classifier()
                     found = [names[part] for part in (given if isinstance(given, tuple) else (given,)) if part in names]
             if not self._holds_weights(found):
-                called = {layer.name: original(self.model.get_submodule(layer.name)) for layer in self._flow.layers}
+                called = {layer.name: submodule(self.model, layer.name) for layer in self._flow.layers}
                 found = [name for name, layer in called.items() if isinstance(layer, nn.Linear)][-1:]
         if not self._holds_weights(found):
             raise ValueError(

@@ -26,6 +26,7 @@ from lightning_plasticity.editing.optimizer_state import EntryState
 from lightning_plasticity.editing.optimizer_state import OptimizerState as OptimizerState
 from lightning_plasticity.editing.remainders import Remainders
 from lightning_plasticity.layer_views import TORCH_LAYERS, LayerView
+from lightning_plasticity.names import submodule
 
 _Index: TypeAlias = tuple[Tensor | slice, ...]
 
@@ -260,7 +261,7 @@ class Editor:
 
     def _find(self, name: str) -> nn.Module:
         try:
-            return self._model.get_submodule(name)
+            return submodule(self._model, name)
         except AttributeError as error:
             raise ValueError(
                 f"An edit needs the name of a module in {type(self._model).__name__}, but there is no {name!r}. "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity import checks
 from lightning_plasticity.layer_views import TORCH_LAYERS, LayerView
+from lightning_plasticity.names import submodule
 
 
 class Initializer(Protocol):
@@ -177,7 +178,7 @@ class InitialDistribution:
 
     def _owner(self, name: str) -> tuple[str, nn.Module]:
         owner = name.rpartition(".")[0]
-        return owner, self._model.get_submodule(owner)
+        return owner, submodule(self._model, owner)
 
     def _by_output(self, name: str, parameter: Tensor) -> Callable[[Tensor], Tensor]:
         _, owner = self._owner(name)

@@ -20,9 +20,9 @@ from lightning_plasticity.engine.forward import (
     is_redirected,
     run_eagerly,
 )
+from lightning_plasticity.names import named_modules_as_written, original, submodule
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.examining import is_examining, undisturbed
-from lightning_plasticity.units.names import named_modules_as_written, original
 
 Question: TypeAlias = Callable[[ForwardCall], Any]
 
@@ -232,10 +232,7 @@ class Examination:
         return [
             name
             for name in self._hooks
-            if any(
-                p.requires_grad and p.ndim > 1
-                for p in original(self._model.get_submodule(name)).parameters(recurse=False)
-            )
+            if any(p.requires_grad and p.ndim > 1 for p in submodule(self._model, name).parameters(recurse=False))
         ]
 
 

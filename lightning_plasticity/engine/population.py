@@ -17,9 +17,9 @@ from lightning_plasticity.editing.initial import InitialDistribution
 from lightning_plasticity.engine.activations import Activations, sum_of_sizes
 from lightning_plasticity.engine.base import PlasticityCallback, few
 from lightning_plasticity.engine.unit_sets import Reader, Table, UnitSet, by_output, channels_of, check_units, renamed
+from lightning_plasticity.names import named_modules_as_written, submodule
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.find import Findings, HiddenUnits, explore
-from lightning_plasticity.units.names import named_modules_as_written, original
 
 Index: TypeAlias = slice | Tensor
 
@@ -136,7 +136,7 @@ class Population:
                 tuple(Table.of(slots, units.size, self.device) for slots in part)
                 for part in (units.producers, units.norms, units.consumers)
             )
-            readers = tuple(self._add_reader(original(model.get_submodule(table.module)), table) for table in consumers)
+            readers = tuple(self._add_reader(submodule(model, table.module), table) for table in consumers)
             span = slice(self.size, self.size + units.size)
             self.size = span.stop
             self.sets.append(UnitSet(units, producers, norms, readers, span, weights))
@@ -297,7 +297,7 @@ class Population:
         for i in sets:
             unit_set = self.sets[i]
             main = unit_set.producers[0]
-            rows = by_output(original(self._callback.model.get_submodule(main.module)))[main.entries[:, 0]]
+            rows = by_output(submodule(self._callback.model, main.module))[main.entries[:, 0]]
             parts.append(rows.flatten(1).abs().mean(1, dtype=self.dtype))
         return torch.cat(parts)
 

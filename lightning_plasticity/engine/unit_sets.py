@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity.editing.editable import check_editable
 from lightning_plasticity.layer_views import TORCH_LAYERS, LayerView
+from lightning_plasticity.names import submodule
 from lightning_plasticity.units.find import HiddenUnits, Slots
 
 
@@ -157,7 +158,7 @@ def check_units(model: nn.Module, units: HiddenUnits) -> tuple[Tensor, ...]:
 
 def _layer(model: nn.Module, units: HiddenUnits, slots: Slots) -> nn.Module:
     try:
-        return model.get_submodule(slots.module)
+        return submodule(model, slots.module)
     except AttributeError as error:
         raise ValueError(
             f"The units {units.name!r} name a module {slots.module!r} that {type(model).__name__} does not have. Names "

@@ -21,10 +21,10 @@ from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
 from lightning_plasticity.functional.substitution import call_with
+from lightning_plasticity.names import named_modules_as_written
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.channels import is_norm, tensors_in
 from lightning_plasticity.units.examining import undisturbed
-from lightning_plasticity.units.names import named_modules_as_written
 
 INPUT = "(input)"  # what the network's own inputs carry
 

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_plasticity.functional.soft_weight_rescaling import proportionality_error, tie
 from lightning_plasticity.layers.flow import INPUT, Flow, normalises, run_with
-from lightning_plasticity.units.names import original
+from lightning_plasticity.names import submodule
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def plan(
         ValueError: if a bias would have to be multiplied by two things at once, or a frozen one by anything.
         RuntimeError: if a weight is computed from other tensors.
     """
-    modules = {layer.name: original(model.get_submodule(layer.name)) for layer in flow.layers}
+    modules = {layer.name: submodule(model, layer.name) for layer in flow.layers}
     stages = {name: [] if is_excluded(name) else _stages(name, module) for name, module in modules.items()}
     weights = _distinct_weights(pair for found in stages.values() for stage in found for pair in stage)
     if not weights:

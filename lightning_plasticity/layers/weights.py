@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_plasticity.editing.editable import check_editable
+from lightning_plasticity.names import named_modules_as_written, submodule
 from lightning_plasticity.units.channels import is_norm
-from lightning_plasticity.units.names import named_modules_as_written
 
 _LAYERS = (nn.Linear, _ConvNd, nn.MultiheadAttention)
 _WEIGHTS = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -113,7 +113,7 @@ def find_bias(model: nn.Module, weight: str) -> nn.Parameter | None:
     """
     layer, _, own_name = weight.rpartition(".")
     bias = "bias" if own_name == "weight" else "in_proj_bias"
-    return model.get_submodule(layer)._parameters.get(bias)
+    return submodule(model, layer)._parameters.get(bias)
 
 
 def find_norm_parameters(model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
@@ -132,7 +132,7 @@ def find_norm_parameters(model: nn.Module, scope: str) -> dict[str, nn.Parameter
 
 
 def _modules(model: nn.Module, scope: str) -> Iterator[tuple[str, nn.Module]]:
-    yield from named_modules_as_written(model.get_submodule(scope), scope)
+    yield from named_modules_as_written(submodule(model, scope), scope)
 
 
 def _own_parameter(layer: nn.Module, own_name: str, name: str) -> nn.Parameter:

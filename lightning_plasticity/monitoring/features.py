@@ -15,9 +15,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_plasticity.engine.examination import Part, is_inside
 from lightning_plasticity.engine.forward import allow_compiled_code, run_eagerly
+from lightning_plasticity.names import named_modules_as_written, submodule
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.find import Findings, HiddenUnits
-from lightning_plasticity.units.names import named_modules_as_written, original
 
 
 class FeatureReader:
@@ -125,7 +125,7 @@ class FeatureReader:
             )
 
     def _read_units(self, name: str, units: HiddenUnits) -> None:
-        consumer = original(self._model.get_submodule(units.consumers[0].module))
+        consumer = submodule(self._model, units.consumers[0].module)
         weight = consumer.weight
         assert isinstance(weight, Tensor)
         slots = units.consumers[0]

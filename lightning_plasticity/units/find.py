@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.distributed import is_sharded
-from lightning_plasticity.units.names import original as original
+from lightning_plasticity.names import original as original
 from lightning_plasticity.units.probing import Network, undisturbed
 from lightning_plasticity.units.wiring import Group, Wiring
 

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from lightning_plasticity.layer_views import TORCH_LAYERS
+from lightning_plasticity.names import named_modules_as_written
 from lightning_plasticity.units.channels import (
     TORCH_NORMS,
     Layer,
@@ -38,7 +39,6 @@ from lightning_plasticity.units.channels import (
 from lightning_plasticity.units.examining import is_examining as is_examining
 from lightning_plasticity.units.examining import quietly, random_states
 from lightning_plasticity.units.examining import undisturbed as undisturbed
-from lightning_plasticity.units.names import named_modules_as_written
 
 # Layers that mix their input channels in a way for which no column of one weight belongs to one input channel.
 _OPAQUE = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)

@@ -52,6 +52,18 @@ def train(model: nn.Module, method=None) -> list[torch.Tensor]:
     return found
 
 
+def compiled_one_by_one() -> nn.Sequential:
+    model = convolutions()
+    return nn.Sequential(*(torch.compile(layer, backend="eager") for layer in model))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's, while it compiles
+@pytest.mark.parametrize("name", METHODS)
+def test_layers_that_are_compiled_one_by_one_like_others(name):
+    expected = train(convolutions(), METHODS[name]())
+    torch.testing.assert_close(train(compiled_one_by_one(), METHODS[name]()), expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_transposed_convolutions_like_convolutions(name):
     plain = train(convolutions())

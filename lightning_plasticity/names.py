@@ -21,12 +21,17 @@ def original(model: nn.Module) -> nn.Module:
         model = inside
 
 
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """The module of a name that :func:`named_modules_as_written` gives; an ``AttributeError`` if there is none."""
+    return original(model.get_submodule(name))
+
+
 def named_modules_as_written(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The modules of a network as ``named_modules()`` gives them, but without the wrappers of ``torch.compile``.
 
     The module that is wrapped (by ``torch.compile``, Fabric or activation checkpointing, wherever it sits) stands for
     its wrapper and comes under the wrapper's name; what the wrapper calls it (``_orig_mod``) is in no name. The network
-    itself has the name ``prefix``, empty by default. ``model.get_submodule(name)`` knows these names, too.
+    itself has the name ``prefix``, empty by default. :func:`submodule` finds a module by such a name.
 
     Example:
         >>> import torch
