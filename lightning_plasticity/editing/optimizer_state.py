@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer, Rprop
 
+from lightning_plasticity.editing.entry_ages import AGE, count_ages, follow
+
 OptimizerState: TypeAlias = Literal["survivors", "reset", "keep"]
 OPTIMIZER_STATES: tuple[OptimizerState, ...] = get_args(OptimizerState)
 
@@ -34,8 +36,10 @@ class EntryState:
     - ``"survivors"``: it becomes the mean over the entries of the tensor that are not renewed. Adam's first updates are
       then :math:`(1 - \beta_1^a) |g| / \sqrt{\beta_2^a \overline v + \dots}` learning rates at age :math:`a`: for
       gradients of the usual size at most what a fresh Adam's would be, one learning rate, and less for smaller ones.
-    - ``"reset"``: it starts from 0, as if the entry were new to the optimizer. Adam's count of steps, which belongs to
-      the whole tensor, says otherwise: its first updates are too large, by up to 6.6 learning rates.
+    - ``"reset"``: it starts from 0, as if the entry were new to the optimizer. Adam counts steps by tensor, so that its
+      first updates would be too large, up to 6.6 learning rates: with PyTorch's Adam and AdamW the age of each entry is
+      kept beside, at the cost of one number for each, and a step of a young entry is made the one that a fresh
+      optimizer would take. Others that count so (NAdam, RAdam, Adamax) are better off with survivors.
     - ``"keep"``: nothing is touched.
 
     LBFGS remembers how gradients change along its own steps, for all of its parameters together. A weight that somebody
@@ -67,12 +71,14 @@ class EntryState:
         self._lbfgs = [level for level in every if isinstance(level, LBFGS)]
         # Without any where state is kept: it is asked first, for some methods write all tensors at every step.
         self._optimizers = [] if mode == "keep" else every
+        for optimizer in self._optimizers if mode == "reset" else ():
+            follow(optimizer)
         self._mode = mode
         self._has_warned = False
 
     def renew(self, parameter: Tensor, index: _Index, view: Callable[[Tensor], Tensor]) -> None:
         """Renew the entries at an index of what ``view`` makes of a tensor of the parameter's shape."""
-        self.restart_lbfgs([parameter])
+        self._begin_to_renew(parameter)
         for key, state, initial in self.of(parameter):
             entries = view(state)
             if not self._follows_survivors(key):
@@ -86,7 +92,7 @@ class EntryState:
 
     def renew_masked(self, parameter: Tensor, mask: Tensor) -> None:
         """Renew the entries where a mask of the parameter's shape is true."""
-        self.restart_lbfgs([parameter])
+        self._begin_to_renew(parameter)
         for key, state, initial in self.of(parameter):
             if self._follows_survivors(key):
                 survivors = mask.numel() - torch.count_nonzero(mask)
@@ -117,6 +123,11 @@ class EntryState:
             if optimizer.state and any(_group(optimizer, parameter) is not None for parameter in parameters):
                 optimizer.state.clear()  # it is kept with the first parameter, for all
 
+    def _begin_to_renew(self, parameter: Tensor) -> None:
+        self.restart_lbfgs([parameter])
+        for optimizer in self._optimizers if self._mode == "reset" else ():
+            count_ages(optimizer, parameter)
+
     def _follows_survivors(self, key: str) -> bool:
         return self._mode == "survivors" and key in _SIZES_OF_GRADIENTS
 
@@ -131,7 +142,9 @@ class EntryState:
             for key, state in optimizer.state.get(parameter, {}).items():
                 if key in _COUNTERS:
                     continue
-                if has_the_entries_of(parameter, state):
+                if key == AGE and self._mode == "survivors":  # their second moment needs no making up for
+                    yield key, state, torch.full_like(state, torch.inf)
+                elif has_the_entries_of(parameter, state):
                     yield key, state, _initial(optimizer, key, parameter, state)
                 elif holds_many_values(state):
                     self._warn_once(optimizer, key)
@@ -194,6 +207,7 @@ def _initial(optimizer: Optimizer, key: str, parameter: Tensor, state: Tensor) -
 def restart_counts(optimizer: Optimizer, parameter: Tensor) -> int:
     """Put the counts that belong to a whole parameter back to their start, and return how many there are."""
     known = optimizer.state.get(parameter, {})
+    known.pop(AGE, None)  # all are as old as the tensor again
     counts = sorted(_COUNTERS & known.keys())
     for key in counts:
         # ASGD's step size starts from its learning rate, and products start from 1.

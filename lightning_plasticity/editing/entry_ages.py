@@ -1,0 +1,68 @@
+"""How old each entry of a parameter is for an Adam that counts steps by tensor: what a cleared entry needs besides."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from torch.optim import Adam, AdamW, Optimizer
+
+AGE = "age"  # in the optimizer's state of a parameter, so that its checkpoints have it; infinite: as old as the tensor
+_FOLLOWED: WeakSet[Optimizer] = WeakSet()
+
+
+def follow(optimizer: Optimizer) -> None:
+    r"""Let entries that are renewed begin as with a fresh optimizer, if this one is an Adam or AdamW.
+
+    Adam divides its averages by how much has come into them since they began at 0, :math:`1 - \beta^t`, with one count
+    :math:`t` for the tensor. So each step of a younger entry is made up for, right after it: what Adam has taken off is
+    given back, and what it would have taken off with the entry's own count is taken off. Nothing is copied, and the
+    form of the optimizer (fused, foreach) does not matter.
+    """
+    if type(optimizer) in (Adam, AdamW) and optimizer not in _FOLLOWED:
+        _FOLLOWED.add(optimizer)
+        optimizer.register_step_post_hook(_make_up)
+
+
+def count_ages(optimizer: Optimizer, parameter: Tensor) -> None:
+    """Begin to count for a parameter, before entries of it are renewed: renewing sets their ages to 0."""
+    state = optimizer.state.get(parameter, {})
+    if optimizer in _FOLLOWED and "step" in state and AGE not in state:
+        state[AGE] = torch.full_like(parameter, torch.inf, dtype=torch.promote_types(parameter.dtype, torch.float32))
+
+
+@torch.no_grad()
+def _make_up(optimizer: Optimizer, *_: Any) -> None:
+    found_inf = getattr(optimizer, "found_inf", None)
+    if isinstance(found_inf, Tensor) and bool(found_inf.any()):
+        return  # a fused optimizer under a gradient scaler skips inside its kernel
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if AGE in state and parameter.grad is not None:
+                _make_up_for(parameter, state, group)
+
+
+def _make_up_for(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    state[AGE] = state[AGE].to(wide).add_(1)  # a loaded state has the parameter's type
+    first, second = state["exp_avg"].to(wide), state.get("max_exp_avg_sq", state["exp_avg_sq"]).to(wide).sqrt()
+    age, step = state[AGE], torch.as_tensor(state["step"]).to(parameter.device, wide)
+    surplus = _step(first, second, step, group) - _step(first, second, age, group)
+    parameter.add_(torch.where(age.isfinite(), surplus, 0.0).mul_(group["lr"]).to(parameter.dtype))
+
+
+def _step(first: Tensor, second: Tensor, count: Tensor, group: dict[str, Any]) -> Tensor:
+    """How many learning rates Adam takes off an entry of this count."""
+    beta1, beta2 = group["betas"]
+    taken_off: Tensor = first / _filled(beta1, count) / (second / _filled(beta2, count).sqrt() + group["eps"])
+    return taken_off
+
+
+def _filled(beta: float | Tensor, count: Tensor) -> Tensor:
+    """How much of an average has come into it: ``1 - beta**count``, exactly also where that is small."""
+    rate = math.log(beta) if beta else -math.inf
+    return torch.expm1(count * rate).neg_()
