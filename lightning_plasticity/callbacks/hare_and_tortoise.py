@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_plasticity import checks
 from lightning_plasticity.distributed import gather_over_ranks
-from lightning_plasticity.editing.editable import check_editable
+from lightning_plasticity.editing.editable import check_editable, check_finite
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.engine.schedule import Schedule, ScheduledCallback
 from lightning_plasticity.functional.hare_and_tortoise import follow
@@ -97,6 +97,7 @@ class HareAndTortoise(ScheduledCallback):
             )
         for name, parameter in parameters.items():
             check_editable(parameter, name)
+        check_finite(parameters, "HareAndTortoise needs")
         self._buffers = {self.prefix + name: b for name, b in self.scope.named_buffers() if b.is_floating_point()}
         self._fast = parameters | self._buffers
         self._slow = {

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_plasticity import checks
-from lightning_plasticity.editing.editable import check_editable
+from lightning_plasticity.editing.editable import check_editable, check_finite
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.functional.l2_init import at_the_same_rank, l2_init_update
@@ -120,6 +120,7 @@ class L2Init(PlasticityCallback):
         }
         for name, parameter in self._parameters_by_name.items():
             check_editable(parameter, name)  # type: ignore[arg-type]
+        check_finite(self._parameters_by_name, "L2Init needs")
         self._initial = {parameter: self._target(parameter) for parameter in self._parameters_by_name.values()}
         self._steps = [0] * len(self.optimizers)
         if not any(p in self._initial for o in self.optimizers for group in o.param_groups for p in group["params"]):

@@ -134,6 +134,9 @@ class ReDo(UnitCallback):
         chosen = {}
         for i, total, count in zip(due, totals, ranks.tolist(), strict=True):
             # how many are dormant is only known on the device: this step waits for it
+            if not total.isfinite().all():
+                self.leave_alone(population.sets[i].name, "the activations of its units")
+                continue
             dormant = (dormancy_scores(total / max(count, 1.0)) <= self.threshold).nonzero().squeeze(1)
             if count and len(dormant):
                 chosen[i] = dormant

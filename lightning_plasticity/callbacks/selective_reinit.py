@@ -296,7 +296,11 @@ class SelectiveReinit(ScheduledCallback):
         return gradient_utilities([weight], [weight.grad])[0]
 
     def _renew(self, name: str, weight: Tensor) -> int:
-        mask = self._choose(self._utility(name, weight))
+        utility = self._utility(name, weight)
+        if not (weight.isfinite().all() and utility.isfinite().all()):
+            self.leave_alone(name, "its weights or their gradients")
+            return 0
+        mask = self._choose(utility)
         generator = self.draws.generator(weight.device)
         if self.reinit == "init":
             new = self._initial.draw(name, generator)[mask]

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_plasticity import checks
+from lightning_plasticity.editing.editable import check_finite
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.engine.examination import Part
@@ -203,6 +204,8 @@ class SoftWeightRescaling(PlasticityCallback):
         for weight in self._weights.values():
             self._dtype = torch.promote_types(self._dtype, weight.dtype)
         now = self._norms()
+        if not now.isfinite().all():
+            check_finite(self._weights, "SoftWeightRescaling needs")
         pairs = [known.get(name, (norm, norm)) for name, norm in zip(self._weights, now, strict=True)]
         self._initial_norms, self._last_norms = (torch.stack(norms).to(now) for norms in zip(*pairs, strict=True))
         self._waiting = {name: norms for name, norms in self._waiting.items() if name not in self._weights}

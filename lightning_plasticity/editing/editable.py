@@ -1,6 +1,6 @@
 """What can be edited, parameters that are whole, floating-point and not computed from others, and with what."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +82,16 @@ def check_editable(target: nn.Module | nn.Parameter, name: str) -> None:
         check_layer(target, name)
     else:
         check_norm(target, name)
+
+
+def check_finite(parameters: Mapping[str, Tensor], needs: str) -> None:
+    """Raise if a tensor has an entry that is not finite; ``needs`` begins the error."""
+    for name, parameter in parameters.items():
+        if not parameter.isfinite().all():
+            raise ValueError(
+                f"{needs} weights that are finite when it starts, but {name} has NaN or infinity. Go back to a "
+                "checkpoint from before that, or leave it out."
+            )
 
 
 def check_parameter(parameter: Tensor, name: str) -> None:

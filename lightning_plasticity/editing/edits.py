@@ -124,9 +124,10 @@ class Editor:
     def shift_bias(self, module: str, columns: Tensor, amounts: Tensor) -> None:
         """Add to a layer's bias what these inputs would add to its output if their values were ``amounts``.
 
-        Convolutions sum over the kernel: exact wherever the kernel does not reach into zero padding . With a stride, an
+        Convolutions sum over the kernel: exact wherever the kernel does not reach into zero padding. With a stride, an
         output of a transposed convolution sees a part of the kernel only: then it is exact on average. A layer without
-        bias stays as it is. Optimizer state stays: the bias goes on from where it is.
+        bias stays as it is, and so does an entry that would get what is not finite. Optimizer state stays: the bias
+        goes on from where it is.
         """
         layer = self._layer(module)
         check_index(columns, layer.weight, layer.inputs, module)
@@ -140,7 +141,8 @@ class Editor:
         precise = torch.promote_types(layer.weight.dtype, torch.float32)
         if layer.groups == 1 and len(columns):  # all biases are shifted: without the masks, which take most of the time
             used = layer.by_output(layer.weight)[:, columns].unsqueeze(-1).flatten(2).sum(-1, dtype=precise)
-            self._set([layer.bias], [layer.bias + (used * amounts.to(precise)).sum(1) * layer.seen_of_kernel])
+            shift = (used * amounts.to(precise)).sum(1) * layer.seen_of_kernel
+            self._set([layer.bias], [layer.bias + torch.where(shift.isfinite(), shift, 0.0)])
             return
         used = _split_rows(layer.weight, layer)[_by_group(columns, layer)]
         added = used.unsqueeze(-1).flatten(2).sum(-1, dtype=precise) * amounts.to(precise).unsqueeze(-1)
@@ -148,6 +150,7 @@ class Editor:
         group = torch.arange(layer.groups, device=columns.device).unsqueeze(-1)
         is_in_group = columns // (layer.inputs // layer.groups) == group
         shift = torch.where(is_in_group.unsqueeze(-1), added, 0.0).sum(1)
+        shift = torch.where(shift.isfinite(), shift, 0.0)
         is_shifted = is_in_group.any(1, keepdim=True).expand_as(shift)
         shifted = torch.where(is_shifted.flatten(), layer.bias + shift.flatten(), layer.bias)
         layer.bias.copy_(shifted)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity import checks
+from lightning_plasticity.editing.editable import check_finite
 from lightning_plasticity.layer_views import TORCH_LAYERS, LayerView
 from lightning_plasticity.names import submodule
 
@@ -99,6 +100,8 @@ class InitialDistribution:
                 continue
             std, mean = torch.std_mean(parameter.detach().to(_drawn_in(parameter)), correction=0)
             self._moments[name] = (mean.item(), std.item())
+            if not math.isfinite(sum(self._moments[name])):
+                check_finite({name: parameter}, "An initial distribution needs")
 
     def draw(self, name: str, generator: torch.Generator, rows: Tensor | None = None) -> Tensor:
         """Draw initial values of a parameter, in its dtype and on its device.

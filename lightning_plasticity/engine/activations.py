@@ -83,8 +83,8 @@ class Activations:
         self._totals, self._sizes = sums[0, 0], sums[1, 0]
         self._parts = [(sums[0, :, reader.columns], sums[1, :, reader.columns]) for reader in self._readers]
 
-    def hook(self, layer: nn.Module, readers: Sequence[Reader]) -> Callable[[nn.Module, Any], None]:
-        """What to call with the arguments of each call of a layer."""
+    def hook(self, layer: nn.Module, readers: Sequence[Reader]) -> Callable[[nn.Module, Any, Any], None]:
+        """What to call with the arguments and keyword arguments of each call of a layer."""
         channels = channels_of(layer)
         dim = -1 - len(layer.kernel_size) if isinstance(layer, _ConvNd) else -1
 
@@ -120,11 +120,12 @@ class Activations:
         uncompiled, number = self._callback.uncompiled(hear), torch.tensor(next(_numbers), device="cpu")
         _listeners[int(number)] = hear
 
-        def hook(_: nn.Module, args: Any) -> None:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            x = args[0] if args else kwargs["input"]
             if not is_compiling():
-                uncompiled(args[0], False)
+                uncompiled(x, False)
             elif not _is_exporting():
-                torch.ops.lightning_plasticity.hear(number, args[0].detach())
+                torch.ops.lightning_plasticity.hear(number, x.detach())
 
         return hook
 
@@ -181,6 +182,11 @@ class Activations:
             if count:
                 columns = slice(reader.columns.start - first, reader.columns.stop - first)
                 self._note(replace(reader, in_order=True), count, totals[columns], sizes[columns])
+
+    def forget(self) -> None:
+        """Drops what was read since it was last taken: no step has followed it."""
+        self._rows = [0] * len(self._rows)
+        self._inputs.clear()
 
     def are_read(self, readers: Sequence[Reader]) -> bool:
         """Whether each of the readers was given something since it was last taken."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 import zlib
 from abc import ABC, abstractmethod
@@ -69,6 +70,7 @@ class PlasticityCallback(Callback, ABC):
         self.question = question
         self._state_key = self._generate_state_key(module=module)  # Lightning asks for it around each of its calls
         self.optimizer_steps = 0  # real steps of all optimizers that train the scope
+        self._steps_before = 0  # the batch at hand, in a Trainer
         self.optimizers: list[Optimizer] = []
         self.draws: EqualDraws
         self.editor: Editor
@@ -79,7 +81,9 @@ class PlasticityCallback(Callback, ABC):
         self._examination: Examination | None = None
         self._parts = 0  # how many parts the method has begun to work on
         self._stepped: list[Optimizer] = []
+        self._left_alone: set[str] = set()  # what has been said of
         self._ready = False  # from `_start` to `detach`
+        self._is_interrupted = False  # an exception has ended the fit, and what is remembered may still be saved
         self._saved: dict[str, Any] | None = None  # state that waits to be restored
         self._saved_of: weakref.ref[nn.Module] | None = None  # the model that it is of; None for a checkpoint's
 
@@ -113,6 +117,9 @@ class PlasticityCallback(Callback, ABC):
     @abstractmethod
     def _works_on(self) -> str:
         """What the method works on, in a few words, for the line that is logged when it starts."""
+
+    def _skipped(self) -> None:
+        """Forgets what was heard since the last step: no step follows it."""
 
     def _grow(self) -> None:
         """Begins to work on the parts that were called for the first time since ``_start`` or the last ``_grow``."""
@@ -168,11 +175,16 @@ class PlasticityCallback(Callback, ABC):
         return self
 
     def step(self) -> None:
-        """Acts once for each real optimizer step since the last call. To be called after ``optimizer.step()``."""
+        """Acts once for each real optimizer step since the last call. To be called after ``optimizer.step()``.
+
+        Where no optimizer has stepped, as when a gradient scaler has skipped it, what was heard since is forgotten.
+        """
         if self._model is None:
             raise RuntimeError(f"{type(self).__name__}.step() needs a model. Call attach(model, optimizer) first.")
         stepped: list[Optimizer | None] = list(self._stepped) if self.optimizers else [None]
         self._stepped.clear()
+        if not stepped:
+            self._skipped()  # a gradient scaler has found gradients that are not finite
         for optimizer in stepped:
             if optimizer is None:
                 self._take_parts()
@@ -198,7 +210,7 @@ class PlasticityCallback(Callback, ABC):
         self._stop()
         self._model = self._scope = self._trainer = self._examination = None
         self._parts = 0
-        self._ready = False
+        self._ready = self._is_interrupted = False
         self.optimizers = []
         for name in ("draws", "editor"):
             vars(self).pop(name, None)
@@ -241,6 +253,16 @@ class PlasticityCallback(Callback, ABC):
     def uncompiled(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         """A hook that compilers leave alone: they would guard on all it reads, and compile anew when that changes."""
         return torch.compiler.disable(hook)  # type: ignore[no-untyped-call, no-any-return]
+
+    def leave_alone(self, name: str, what: str) -> None:
+        """Says, once for each part of the model, that nothing is decided by what is not finite."""
+        if name not in self._left_alone:
+            self._left_alone.add(name)
+            warnings.warn(
+                f"{type(self).__name__} leaves {name!r} alone where {what} are not finite. If that does not pass, "
+                "train with a smaller learning rate or clip gradients.",
+                stacklevel=2,
+            )
 
     def optimizer_of(self, parameter: Tensor) -> Optimizer | None:
         """The optimizer that owns a parameter, found by identity."""
@@ -298,7 +320,7 @@ class PlasticityCallback(Callback, ABC):
         self._ready = True
         if self._saved is not None:
             saved, self._saved, self._saved_of = self._saved, None, None
-            self.load_state_dict(saved)
+            self._load(saved)
         self._announce()
 
     def _announce(self) -> None:
@@ -385,15 +407,21 @@ class PlasticityCallback(Callback, ABC):
             raise RuntimeError(f"{type(self).__name__} is attached to a model already. Call detach() before fit().")
         self._trainer = trainer
         self._attach(pl_module, trainer.optimizers)
+        self._steps_before = self.optimizer_steps
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        accumulates = pl_module.automatic_optimization and trainer.fit_loop._should_accumulate()
+        if pl_module.automatic_optimization and not accumulates:
+            if self.optimizer_steps == self._steps_before:
+                self._skipped()
+            self._steps_before = self.optimizer_steps
         # When and under which step Lightning logs is known only to parts of it that are not public.
         if not self._ready or not trainer.loggers or not trainer._logger_connector.should_update_logs:
             return
-        if pl_module.automatic_optimization and trainer.fit_loop._should_accumulate():
+        if accumulates:
             return
         self._log(trainer, self._numbers(), trainer.fit_loop.epoch_loop._batches_that_stepped)
 
@@ -412,6 +440,8 @@ class PlasticityCallback(Callback, ABC):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # No more: a callback that saves a checkpoint on exceptions comes later, and other ranks may be gone.
         self._remove_hooks()
+        self._skipped()
+        self._is_interrupted = True
         if self._examination is not None:
             self._examination.pause()
 
@@ -434,9 +464,15 @@ class PlasticityCallback(Callback, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not state_dict:
             return
+        if self._is_interrupted:
+            self._let_go()  # this is for the model that is trained next
         if not self._ready:
             self._saved, self._saved_of = state_dict, None
             return
+        self._skipped()
+        self._load(state_dict)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         self.optimizer_steps = state_dict["optimizer_steps"]
         self.draws.load_state_dict(state_dict["draws"])
         self.editor.remainders.load_state_dict(state_dict.get("remainders", {}))

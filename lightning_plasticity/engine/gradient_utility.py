@@ -47,6 +47,8 @@ class GradientUtility:
         averages = [self._averages[name] for name in seen]
         utilities = gradient_utilities(*zip(*seen.values(), strict=True))
         same_types = [utility.to(average.dtype) for utility, average in zip(utilities, averages, strict=True)]
+        # what is not finite says nothing
+        same_types = [torch.where(u * 0 == 0, u, a) for u, a in zip(same_types, averages, strict=True)]
         torch._foreach_lerp_(averages, same_types, 1 - self._decay_rate)
 
     def __contains__(self, name: str) -> bool:

@@ -164,7 +164,7 @@ class Population:
         if table.module not in self._readers:
             self._readers[table.module] = []
             hook = self.activations.hook(layer, self._readers[table.module])
-            self._handles.append(layer.register_forward_pre_hook(hook))
+            self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
             self._callback.keep(self._handles[-1])
         self._readers[table.module].append(reader)
         return reader
@@ -337,11 +337,14 @@ def units_in(call: ForwardCall) -> Findings:
 
 
 def average_in(average: Tensor, places: Index, values: Tensor, weight: float) -> None:
-    """Moves some places of a running average towards new values."""
+    """Moves some places of a running average towards new values, except where these are not finite."""
+    before = average[places]
+    # x * 0 is 0 for every finite x, and otherwise NaN: this takes fewer kernels than isfinite
+    values = torch.where(values * 0 == 0, values, before)
     if isinstance(places, slice):  # all of them
         average.mul_(1 - weight).add_(values, alpha=weight)
     else:
-        average[places] = average[places] * (1 - weight) + values * weight
+        average[places] = before * (1 - weight) + values * weight
 
 
 def _size_by_column(reader: Reader, dtype: torch.dtype) -> Tensor:

@@ -167,7 +167,7 @@ class ScheduledCallback(PlasticityCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict and not self._ready:
+        if state_dict and (self._is_interrupted or not self._ready):
             self._resumes = True
         super().load_state_dict(state_dict)
 

@@ -122,6 +122,10 @@ class UnitCallback(PlasticityCallback):
         if trained:
             self._finish(trained)
 
+    @override
+    def _skipped(self) -> None:
+        self._population.activations.forget()
+
     # ---- which units
 
     @override

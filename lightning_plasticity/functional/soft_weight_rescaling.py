@@ -13,7 +13,8 @@ def log_rescaling_factors(norms: Tensor, initial_norms: Tensor, coefficients: Te
 
     .. math:: c_l = \frac{\lambda_l n_l + (1 - \lambda_l) \|W_l\|}{\|W_l\|}, \qquad c_l = 1 \text{ where } \|W_l\| = 0
 
-    A norm that did not change, and a coefficient of 0, give 0 exactly. Products of factors are sums of these.
+    A norm that did not change, one that is not finite, and a coefficient of 0 give 0 exactly. Products of factors are
+    sums of these.
     A factor of 0 (a coefficient of 1 where the initial norm is 0) becomes the smallest that keeps its logarithm finite.
 
     Args:
@@ -27,7 +28,7 @@ def log_rescaling_factors(norms: Tensor, initial_norms: Tensor, coefficients: Te
     """
     change = coefficients * (initial_norms / norms - 1)
     smallest = torch.finfo(norms.dtype).eps - 1
-    return torch.where(norms == 0, 0.0, change).clamp(min=smallest).log1p()
+    return torch.where((norms > 0) & norms.isfinite(), change, 0.0).clamp(min=smallest).log1p()
 
 
 def log_rescaling_factor(norm: float, initial_norm: float, coefficient: float) -> float:
@@ -37,7 +38,7 @@ def log_rescaling_factor(norm: float, initial_norm: float, coefficient: float) -
         >>> round(math.exp(log_rescaling_factor(2.0, 1.0, 0.5)), 6)
         0.75
     """
-    change = coefficient * (initial_norm / norm - 1) if norm else 0.0
+    change = coefficient * (initial_norm / norm - 1) if norm and math.isfinite(norm) else 0.0
     return math.log1p(max(change, _ABOVE_MINUS_ONE))
 
 

@@ -74,6 +74,12 @@ class NoisyUnits(PlasticityCallback):
         return hear
 
     @override
+    def _skipped(self) -> None:
+        for watched in self._watched:
+            watched.heard.zero_()
+            watched.examples = 0
+
+    @override
     def forget_parts(self) -> None:
         self._watched = []
 
@@ -104,7 +110,8 @@ class NoisyUnits(PlasticityCallback):
             assert isinstance(weight, Tensor)
             if self.optimizer_of(weight) is not optimizer or not watched.examples:
                 continue
-            watched.average.lerp_(watched.heard / watched.examples, 0.1)
+            mean = watched.heard / watched.examples
+            watched.average.lerp_(torch.where(mean.isfinite(), mean, watched.average), 0.1)
             watched.heard.zero_()
             watched.examples = 0
             watched.steps += 1

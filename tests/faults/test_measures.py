@@ -212,6 +212,7 @@ def test_methods_do_not_hear_what_is_measured(measure: Callable[..., Tensor]) ->
             optimizer.step()
             method.step()
         assert method.replaced > 0
+        method.detach()
         courses.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*courses, strict=True))
 

@@ -45,6 +45,7 @@ def test_a_layer_at_two_places_is_still_itself_after_it_was_examined(
         method.step()
         now = dict(model.named_parameters(remove_duplicate=False))
         assert all(now[name] is p for name, p in parameters.items())
+    method.detach()
 
 
 def test_gradients_of_examples_leave_a_shared_layer_itself() -> None:
