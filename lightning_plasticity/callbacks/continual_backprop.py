@@ -45,8 +45,9 @@ class ContinualBackprop(UnitCallback):
             of incoming weights), ``"adaptation"`` (1 / size of incoming weights), ``"weight"`` (size of outgoing
             weights), ``"random"`` (drawn anew at each choice).
         init: where new incoming weights come from: ``"empirical"`` (normal, with the mean and standard deviation that
-            the weights had at the start), ``"kaiming_uniform"``, ``"reset_parameters"`` (the layer's own), or a
-            function such as those of ``torch.nn.init``.
+            the weights had at the start), ``"quantiles"`` (distributed as they were, so that uniform stays uniform),
+            ``"kaiming_uniform"``, ``"reset_parameters"`` (the layer's own), or a function such as those of
+            ``torch.nn.init``.
         compensate_bias: move the unit's mean contribution into the biases of the layers that used it.
         module: the name of the module inside the model to work on; None for all of it.
         units: the sets of units, given by hand; None to find them.

@@ -27,8 +27,9 @@ class Initializer(Protocol):
         """
 
 
-InitName: TypeAlias = Literal["empirical", "kaiming_uniform", "reset_parameters"]
+InitName: TypeAlias = Literal["empirical", "quantiles", "kaiming_uniform", "reset_parameters"]
 Init: TypeAlias = InitName | Initializer
+_QUANTILES = 257  # a table of them, whatever the parameter's size
 
 
 def check_init(init: Init) -> Init:
@@ -51,6 +52,8 @@ class InitialDistribution:
 
     - ``"empirical"``: :math:`\mathcal{N}(\mu, \sigma^2)`, whatever initialised the model. A parameter that was constant
       gets that constant.
+    - ``"quantiles"``: as the values recorded are distributed, up to a table of 257 quantiles: a uniform distribution
+      stays uniform, and nothing lies beyond the smallest and the largest value.
     - ``"kaiming_uniform"``: as PyTorch initialises linear and convolution layers, weights and biases alike:
       :math:`\mathcal{U}(-1/\sqrt{f}, 1/\sqrt{f})`, where :math:`f` is the fan-in of the module's weight.
     - ``"reset_parameters"``: what the module's own ``reset_parameters()`` gives, called on a copy on the CPU.
@@ -78,9 +81,9 @@ class InitialDistribution:
     def __init__(self, model: nn.Module, parameters: Iterable[str], init: Init = "empirical") -> None:
         self._model = model
         self._init = check_init(init)
-        self._moments: dict[str, tuple[float, float]] = {}
+        self._moments: dict[str, tuple[float, ...]] = {}
         self._twins: dict[str, nn.Module] = {}
-        self._known: dict[str, tuple[float, float]] = {}  # from a checkpoint, of parameters that are still to be added
+        self._known: dict[str, tuple[float, ...]] = {}  # from a checkpoint, of parameters that are still to be added
         self.add(parameters)
 
     def add(self, parameters: Iterable[str]) -> None:
@@ -99,9 +102,10 @@ class InitialDistribution:
                 self._moments[name] = self._known.pop(name)
                 continue
             std, mean = torch.std_mean(parameter.detach().to(_drawn_in(parameter)), correction=0)
-            self._moments[name] = (mean.item(), std.item())
-            if not math.isfinite(sum(self._moments[name])):
+            if not math.isfinite(mean.item() + std.item()):
                 check_finite({name: parameter}, "An initial distribution needs")
+            table = _quantiles(parameter) if self._init == "quantiles" else ()
+            self._moments[name] = (mean.item(), std.item(), *table)
 
     def draw(self, name: str, generator: torch.Generator, rows: Tensor | None = None) -> Tensor:
         """Draw initial values of a parameter, in its dtype and on its device.
@@ -117,13 +121,18 @@ class InitialDistribution:
             KeyError: If the parameter was not recorded.
             ValueError: If a function given as ``init`` returns another shape.
         """
-        mean, std = self._moments[name]
+        mean, std, *table = self._moments[name]
         parameter = self._parameter(name)
         by_output = self._by_output(name, parameter)
         shape = parameter.shape if rows is None else torch.Size((len(rows), *by_output(parameter).shape[1:]))
         options: dict[str, Any] = {"device": generator.device, "dtype": _drawn_in(parameter)}
         if self._init == "empirical":
             values = torch.randn(shape, generator=generator, **options).mul_(std).add_(mean)
+        elif self._init == "quantiles":
+            quantiles = torch.tensor(table, **options)
+            places = torch.rand(shape, generator=generator, **options).mul_(len(table) - 1)
+            below = places.long().clamp_(max=len(table) - 2)
+            values = quantiles[below].lerp_(quantiles[below + 1], places.sub_(below))
         elif self._init == "kaiming_uniform":
             bound = 1 / math.sqrt(self._fan_in(name))
             values = torch.empty(shape, **options).uniform_(-bound, bound, generator=generator)
@@ -140,7 +149,7 @@ class InitialDistribution:
         """
         if self._init == "kaiming_uniform":
             return 0.0
-        mean, std = self._moments[name]
+        mean, std, *_ = self._moments[name]
         return 0.0 if abs(mean) <= 5 * std / math.sqrt(self._parameter(name).numel()) else mean
 
     def state_dict(self) -> dict[str, Any]:
@@ -158,7 +167,7 @@ class InitialDistribution:
         Raises:
             ValueError: If the checkpoint has other parameters than this.
         """
-        moments: dict[str, tuple[float, float]] = state_dict["moments"]
+        moments: dict[str, tuple[float, ...]] = state_dict["moments"]
         if partial:
             self._known = {name: values for name, values in moments.items() if name not in self._moments}
             self._moments |= {name: values for name, values in moments.items() if name in self._moments}
@@ -168,7 +177,7 @@ class InitialDistribution:
                 "The checkpoint must hold the initial distribution of the same parameters, but only one of them has "
                 f"{sorted(moments.keys() ^ self._moments.keys())}. Resume with the model and the settings of the run."
             )
-        self._moments = {name: (mean, std) for name, (mean, std) in moments.items()}
+        self._moments = {name: tuple(values) for name, values in moments.items()}
 
     def _parameter(self, name: str) -> nn.Parameter:
         try:
@@ -245,6 +254,18 @@ def _with_shape_of(zeros: Tensor, values: object, name: str) -> Tensor:
         f"The function given as init must return a tensor of shape {tuple(zeros.shape)} for {name!r}, but returned "
         f"{got}. Let it fill and return the tensor that it is given."
     )
+
+
+def _quantiles(parameter: Tensor) -> list[float]:
+    """From the smallest to the largest value, evenly spaced in between."""
+    values = parameter.detach().flatten().to(_drawn_in(parameter)).sort().values
+    if not len(values):
+        return []
+    places = torch.linspace(0, len(values) - 1, _QUANTILES, device=values.device, dtype=torch.float64)
+    below = places.long()
+    above = (below + 1).clamp_(max=len(values) - 1)
+    table: list[float] = torch.lerp(values[below], values[above], (places - below).to(values.dtype)).tolist()
+    return table
 
 
 def copy_to_cpu(module: nn.Module) -> nn.Module:

@@ -208,7 +208,7 @@ def test_the_state_of_what_was_written_is_initial_and_the_rest_untouched():
     assert compared
 
 
-@pytest.mark.parametrize("init", ["empirical", "kaiming_uniform", "reset_parameters"])
+@pytest.mark.parametrize("init", ["empirical", "quantiles", "kaiming_uniform", "reset_parameters"])
 def test_new_weights_come_from_the_distribution_asked_for(init):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(200, 400), nn.ReLU(), nn.Linear(400, 2))
@@ -220,7 +220,11 @@ def test_new_weights_come_from_the_distribution_asked_for(init):
     model(torch.randn(2, 200)).sum().backward()
     optimizer.step()
     method.step()
-    expected = (old.detach().mean(), old.detach().std()) if init == "empirical" else (0.0, 1 / math.sqrt(3 * 200))
+    expected = (
+        (old.detach().mean(), old.detach().std())
+        if init in ("empirical", "quantiles")
+        else (0.0, 1 / math.sqrt(3 * 200))
+    )
     assert model[0].weight.detach().mean().item() == pytest.approx(float(expected[0]), abs=0.001)
     assert model[0].weight.detach().std().item() == pytest.approx(float(expected[1]), rel=0.02)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity.editing.initial import Init, InitialDistribution
 
-INITS: list[Any] = ["empirical", "kaiming_uniform", "reset_parameters", nn.init.xavier_uniform_]
+INITS: list[Any] = ["empirical", "quantiles", "kaiming_uniform", "reset_parameters", nn.init.xavier_uniform_]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -186,6 +186,34 @@ def test_the_moments_are_those_of_the_values_even_of_a_single_one() -> None:
     assert InitialDistribution(layer, ["weight"]).state_dict() == {"moments": {"weight": (3.0, 0.0)}}
     layer.weight.data = torch.tensor([[0.0, 2.0]])
     assert InitialDistribution(layer, ["weight"]).state_dict() == {"moments": {"weight": (1.0, 1.0)}}
+
+
+@pytest.mark.parametrize("fill", [nn.init.uniform_, nn.init.normal_])
+def test_quantiles_give_the_distribution_itself(fill: Any) -> None:
+    """By the largest distance between the distribution functions, which is that of Kolmogorov and Smirnov."""
+    layer = nn.Linear(300, 300)
+    fill(layer.weight, generator=generator())
+    started = layer.weight.detach().flatten().sort().values
+    initial = InitialDistribution(layer, ["weight"], "quantiles")
+    nn.init.zeros_(layer.weight)  # training goes on
+    drawn = initial.draw("weight", generator(1)).flatten().sort().values
+    assert drawn[0] >= started[0]
+    assert drawn[-1] <= started[-1]
+    rank = torch.searchsorted(started, drawn) / len(started)
+    assert (rank - torch.arange(1, 90_001) / 90_000).abs().max() < 1.95 / math.sqrt(90_000) + 1 / 257  # 1 in 1000
+    resumed = InitialDistribution(layer, ["weight"], "quantiles")
+    resumed.load_state_dict(initial.state_dict())
+    assert torch.equal(resumed.draw("weight", generator(1)).flatten().sort().values, drawn)
+
+
+def test_quantiles_of_few_and_of_equal_values() -> None:
+    layer = nn.Linear(2, 1)
+    layer.weight.data = torch.tensor([[1.0, 3.0]])
+    nn.init.constant_(layer.bias, 0.25)
+    initial = InitialDistribution(layer, ["weight", "bias"], "quantiles")
+    drawn = torch.cat([initial.draw("weight", generator(seed)).flatten() for seed in range(200)])
+    assert 1.0 <= drawn.min() < 1.1 < 2.9 < drawn.max() <= 3.0
+    assert initial.draw("bias", generator()).item() == 0.25
 
 
 def test_mean() -> None:
