@@ -4,39 +4,44 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 TORCH_LAYERS = (nn.Linear, _ConvNd)
 
+# whether the weight is transposed, for modules of other types; None where they are no linear layer
+_others: WeakKeyDictionary[nn.Module, bool | None] = WeakKeyDictionary()
+
 
 @dataclass(frozen=True, eq=False)
 class LayerView:
-    """A linear or convolution layer of torch's, also a transposed one.
+    """A linear or convolution layer: torch's, also a transposed one, or a linear layer of somebody else's.
 
     Example:
-        >>> view = LayerView(nn.ConvTranspose2d(2, 3, 4))
+        >>> view = view_of(nn.ConvTranspose2d(2, 3, 4))
         >>> view.outputs, view.inputs, tuple(view.weight.shape), tuple(view.by_output(view.weight).shape)
         (3, 2, (2, 3, 4, 4), (3, 2, 4, 4))
     """
 
-    layer: nn.Linear | _ConvNd
+    layer: nn.Module
+    transposed: bool  # whether the weight has the inputs in its first dimension and the outputs in its second
 
     @property
     def weight(self) -> Tensor:
         """Its weight as it is."""
-        return self.layer.weight
+        weight = self.layer.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     @property
     def bias(self) -> Tensor | None:
         """Its bias, if it has one."""
-        return self.layer.bias
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the weight has the inputs in its first dimension and the outputs in its second."""
-        return isinstance(self.layer, _ConvTransposeNd)
+        bias = getattr(self.layer, "bias", None)
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
 
     def by_output(self, tensor: Tensor) -> Tensor:
         """A tensor of the weight's shape with the outputs first, then the inputs (of a group): a view of it."""
@@ -50,12 +55,16 @@ class LayerView:
     @property
     def outputs(self) -> int:
         """How many output features or channels."""
-        return self.layer.out_channels if isinstance(self.layer, _ConvNd) else self.layer.out_features
+        if isinstance(self.layer, TORCH_LAYERS):
+            return self.layer.out_channels if isinstance(self.layer, _ConvNd) else self.layer.out_features
+        return self.by_output(self.weight).shape[0]
 
     @property
     def inputs(self) -> int:
         """How many input features or channels."""
-        return self.layer.in_channels if isinstance(self.layer, _ConvNd) else self.layer.in_features
+        if isinstance(self.layer, TORCH_LAYERS):
+            return self.layer.in_channels if isinstance(self.layer, _ConvNd) else self.layer.in_features
+        return self.by_output(self.weight).shape[1]
 
     @property
     def seen_of_kernel(self) -> float:
@@ -66,3 +75,66 @@ class LayerView:
     def channel_dim(self) -> int:
         """The dimension of features or channels, from the end: inputs may come without a batch."""
         return -1 - len(self.layer.kernel_size) if isinstance(self.layer, _ConvNd) else -1
+
+
+def view_of(module: nn.Module) -> LayerView | None:
+    """How a layer holds its weight, None where a module is no linear or convolution layer.
+
+    Torch's layers are told by their type. A module of another type is a linear layer if that is what it does: it has a
+    ``weight`` of two dimensions, perhaps a ``bias``, nothing else, and with other numbers in them it gives what
+    ``linear`` gives with these, with the weight as it is or transposed (GPT-2's ``Conv1D``).
+
+    Example:
+        >>> class Own(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.weight = nn.Parameter(torch.zeros(2, 3))
+        ...     def forward(self, x):
+        ...         return x @ self.weight
+        >>> view_of(Own()).transposed, view_of(nn.LayerNorm(2))
+        (True, None)
+    """
+    if isinstance(module, TORCH_LAYERS):
+        return LayerView(module, isinstance(module, _ConvTransposeNd))
+    if not _could_be_linear(module):
+        return None
+    if module not in _others:
+        _others[module] = next((way for way in (False, True) if _is_linear(module, way)), None)
+    transposed = _others[module]
+    return None if transposed is None else LayerView(module, transposed)
+
+
+def _could_be_linear(module: nn.Module) -> bool:
+    weight, own = module._parameters.get("weight"), {key for key, p in module._parameters.items() if p is not None}
+    if weight is None or nn.parameter.is_lazy(weight) or weight.ndim != 2 or not weight.is_floating_point():
+        return False
+    alone = not module._buffers and not any(True for _ in module.children())
+    return alone and own <= {"weight", "bias"} and not isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+
+
+@torch.no_grad()
+def _is_linear(module: nn.Module, transposed: bool) -> bool:
+    """Whether a module gives what ``linear`` gives, tried with made-up numbers in one of the two ways round."""
+    generator = torch.Generator().manual_seed(0)
+
+    def quarters(*shape: int) -> Tensor:  # whose products and sums float32 holds without rounding in any order
+        weight = own["weight"]
+        return torch.randint(-7, 8, shape, generator=generator).div(4).to(weight.device, weight.dtype)
+
+    own = {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
+    numbers = {key: nn.Parameter(quarters(*parameter.shape), requires_grad=False) for key, parameter in own.items()}
+    rows = numbers["weight"].transpose(0, 1) if transposed else numbers["weight"]
+    x, bias, training = quarters(1, 3, rows.shape[1]), numbers.get("bias"), module.training
+    module._parameters.update(numbers)
+    module.training = False
+    try:
+        with torch.autocast(x.device.type, enabled=False), torch.random.fork_rng(devices=[]):
+            given = module.forward(x)  # without hooks
+        expected = torch.nn.functional.linear(x, rows, bias)
+        precision = 8 * torch.finfo(x.dtype).eps
+        return isinstance(given, Tensor) and torch.allclose(given, expected, rtol=precision, atol=precision)
+    except Exception:  # it wants something else than one tensor
+        return False
+    finally:
+        module._parameters.update(own)
+        module.training = training

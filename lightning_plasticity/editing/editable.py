@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_plasticity.distributed import is_sharded
-from lightning_plasticity.layer_views import TORCH_LAYERS
+from lightning_plasticity.layer_views import LayerView, view_of
 
 
 def check_whole(model: nn.Module, needs: str) -> None:
@@ -78,8 +77,8 @@ def check_editable(target: nn.Module | nn.Parameter, name: str) -> None:
     """
     if isinstance(target, nn.Parameter):
         check_parameter(target, name)
-    elif isinstance(target, TORCH_LAYERS):
-        check_layer(target, name)
+    elif (view := view_of(target)) is not None:
+        check_layer(view, name)
     else:
         check_norm(target, name)
 
@@ -107,15 +106,15 @@ def check_parameter(parameter: Tensor, name: str) -> None:
         raise RuntimeError(f"An edit needs floating-point parameters, but {name} is {parameter.dtype}. Exclude it.")
 
 
-def check_layer(layer: nn.Linear | _ConvNd, name: str) -> None:
+def check_layer(view: LayerView, name: str) -> None:
     """Raise if the rows and columns of a layer cannot be written to."""
-    if isinstance(layer, _ConvTransposeNd) and layer.groups > 1:
+    layer = view.layer
+    if view.transposed and view.groups > 1:
         raise ValueError(
-            f"An edit needs a transposed convolution without groups, but {name!r} has groups={layer.groups}. "
-            "Exclude it."
+            f"An edit needs a transposed convolution without groups, but {name!r} has groups={view.groups}. Exclude it."
         )
     for kind in ("weight", "bias"):
-        if getattr(layer, kind) is not None and kind not in layer._parameters:
+        if getattr(layer, kind, None) is not None and kind not in layer._parameters:
             raise RuntimeError(
                 f"An edit needs {name}.{kind} to be a parameter, but it is computed from other tensors (by a "
                 "parametrization, weight_norm, spectral_norm, pruning or sharding), so that what is written would be "
@@ -123,11 +122,11 @@ def check_layer(layer: nn.Linear | _ConvNd, name: str) -> None:
             )
     for kind, parameter in layer.named_parameters(recurse=False):
         check_parameter(parameter, f"{name}.{kind}")
-    dimensions = 2 if isinstance(layer, nn.Linear) else 2 + len(layer.kernel_size)
-    if layer.weight.dim() != dimensions:
+    dimensions = 1 - view.channel_dim
+    if view.weight.dim() != dimensions:
         raise RuntimeError(
             f"An edit needs {name}.weight to have {dimensions} dimensions, but its shape is "
-            f"{tuple(layer.weight.shape)}: it was flattened, perhaps to be sharded. "
+            f"{tuple(view.weight.shape)}: it was flattened, perhaps to be sharded. "
             "Use a strategy that keeps parameters whole, such as DDP, or exclude the module."
         )
 

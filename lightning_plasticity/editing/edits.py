@@ -25,7 +25,7 @@ from lightning_plasticity.editing.initial import copy_to_cpu, reset_on_cpu
 from lightning_plasticity.editing.optimizer_state import EntryState
 from lightning_plasticity.editing.optimizer_state import OptimizerState as OptimizerState
 from lightning_plasticity.editing.remainders import Remainders
-from lightning_plasticity.layer_views import TORCH_LAYERS, LayerView
+from lightning_plasticity.layer_views import LayerView, view_of
 from lightning_plasticity.names import submodule
 
 _Index: TypeAlias = tuple[Tensor | slice, ...]
@@ -274,13 +274,14 @@ class Editor:
     def _layer(self, name: str) -> LayerView:
         if name not in self._layers:
             layer = self._find(name)
-            if not isinstance(layer, TORCH_LAYERS):
+            view = view_of(layer)
+            if view is None:
                 raise ValueError(
                     "Editing rows and columns needs a Linear or Conv layer, "
                     f"but {name!r} is a {type(layer).__name__}. Exclude it."
                 )
-            check_layer(layer, name)
-            self._layers[name] = LayerView(layer)
+            check_layer(view, name)
+            self._layers[name] = view
         return self._layers[name]
 
     def _assign(
@@ -291,7 +292,7 @@ class Editor:
 
 
 def _initial_norm(norm: nn.Module, name: str) -> dict[str, Tensor]:
-    if isinstance(norm, TORCH_LAYERS):
+    if view_of(norm) is not None:
         raise ValueError(
             f"reset_norm needs a normalisation module, but {name!r} is a {type(norm).__name__}. Use redraw_rows."
         )

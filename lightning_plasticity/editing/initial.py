@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity import checks
 from lightning_plasticity.editing.editable import check_finite
-from lightning_plasticity.layer_views import TORCH_LAYERS, LayerView
+from lightning_plasticity.layer_views import view_of
 from lightning_plasticity.names import submodule
 
 
@@ -194,9 +194,8 @@ class InitialDistribution:
 
     def _by_output(self, name: str, parameter: Tensor) -> Callable[[Tensor], Tensor]:
         _, owner = self._owner(name)
-        if isinstance(owner, TORCH_LAYERS) and parameter is owner.weight:
-            return LayerView(owner).by_output
-        return lambda tensor: tensor
+        view = view_of(owner)
+        return view.by_output if view is not None and parameter is view.weight else lambda tensor: tensor
 
     def _fan_in(self, name: str) -> int:
         _, owner = self._owner(name)
@@ -206,6 +205,9 @@ class InitialDistribution:
                 "init='kaiming_uniform' needs the weight or bias of a layer with inputs and outputs, but "
                 f"{name!r} belongs to a {type(owner).__name__}. Use init='empirical' or leave the parameter out."
             )
+        view = view_of(owner)
+        if view is not None and view.transposed and weight.dim() == 2:
+            return view.inputs
         return math.prod(weight.shape[1:])
 
     def _add_twin(self, name: str) -> None:

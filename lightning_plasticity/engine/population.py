@@ -283,7 +283,7 @@ class Population:
         for reader in self.readers(sets):
             weight, sizes = reader.weight, self._outgoing_of[reader.number]
             if reader.in_order and weight.ndim == 2:
-                self.activations.write_sum_of_sizes(weight, sizes)
+                self.activations.write_sum_of_sizes(reader.view.by_output(weight), sizes)
             else:
                 sizes.copy_(reader.take(_size_by_column(reader, self.dtype)))
         _, columns = self.places(sets)
@@ -349,7 +349,7 @@ def average_in(average: Tensor, places: Index, values: Tensor, weight: float) ->
 
 def _size_by_column(reader: Reader, dtype: torch.dtype) -> Tensor:
     # Over outputs first, with the kernel left in one row with the inputs: over both at once takes twice the time.
-    by_group = torch.unflatten(by_output(reader.layer), 0, (reader.groups, -1)).flatten(
+    by_group = torch.unflatten(reader.view.by_output(reader.weight), 0, (reader.groups, -1)).flatten(
         2
     )  # group, output, input and kernel
     sizes = sum_of_sizes(by_group, [1], dtype)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from dataclasses import replace as changed
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.editing.editable import check_editable
-from lightning_plasticity.layer_views import TORCH_LAYERS, LayerView
+from lightning_plasticity.layer_views import LayerView, view_of
 from lightning_plasticity.names import submodule
 from lightning_plasticity.units.find import HiddenUnits, Slots
 
@@ -50,10 +51,15 @@ class Reader:
     weight: Tensor
     in_order: bool  # its entries are all inputs of the layer, in their order
 
+    @cached_property
+    def view(self) -> LayerView:
+        """Which of the weight's dimensions are outputs and inputs."""
+        return _view(self.layer)
+
     @property
     def groups(self) -> int:
         """Those of a grouped convolution; otherwise 1."""
-        return _view(self.layer).groups
+        return self.view.groups
 
     @property
     def weights_per_column(self) -> int:
@@ -104,8 +110,9 @@ def by_output(layer: nn.Module) -> Tensor:
 
 
 def _view(layer: nn.Module) -> LayerView:
-    assert isinstance(layer, TORCH_LAYERS)
-    return LayerView(layer)
+    view = view_of(layer)
+    assert view is not None
+    return view
 
 
 def weights_of_producers(sets: Iterable[UnitSet]) -> list[str]:

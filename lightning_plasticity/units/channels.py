@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from lightning_plasticity.layer_views import LayerView
@@ -22,32 +21,36 @@ class Layer:
     """A linear or convolution layer: ``reason`` says why its units or columns cannot be used, None where they can."""
 
     name: str
-    module: nn.Linear | _ConvNd
+    view: LayerView
     reason: str | None = None
     unmarked: str | None = None  # why its units are never NaN, though its columns are read
     first: int = 0  # number of its first output channel
     passes: bool = False  # a depthwise convolution whose channels belong to the units that feed it
 
     @property
+    def module(self) -> nn.Module:
+        """The layer itself."""
+        return self.view.layer
+
+    @property
     def size(self) -> int:
         """How many output channels."""
-        return LayerView(self.module).outputs
+        return self.view.outputs
 
     @property
     def columns(self) -> int:
         """How many input channels."""
-        return LayerView(self.module).inputs
+        return self.view.inputs
 
     @property
     def depthwise(self) -> bool:
         """Whether each output channel sees a single input channel."""
-        view = LayerView(self.module)
-        return 1 < view.groups == view.inputs
+        return 1 < self.view.groups == self.view.inputs
 
     @property
     def channel_dim(self) -> int:
         """The channel dimension of inputs and outputs, counted from the end (inputs may come without a batch)."""
-        return LayerView(self.module).channel_dim
+        return self.view.channel_dim
 
     @property
     def numbers(self) -> Tensor:

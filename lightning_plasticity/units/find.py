@@ -107,7 +107,7 @@ def explore(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *,
         for name, function in wiring.foreign.items():
             kind = type(network.foreign[name]).__name__
             left_out[name] = (
-                f"its type is {kind}, not one of torch's linear and convolution layers (it uses {function})"
+                f"its type is {kind}, which is not known as a linear or convolution layer (it uses {function})"
             )
     return Findings(units, left_out, network.runs)
 

@@ -24,7 +24,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from lightning_plasticity.layer_views import TORCH_LAYERS
+from lightning_plasticity.layer_views import view_of
 from lightning_plasticity.names import named_modules_as_written
 from lightning_plasticity.units.channels import (
     TORCH_NORMS,
@@ -76,7 +76,8 @@ class Network:
     def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs
         modules = dict(named_modules_as_written(model))
-        self.layers = [Layer(name, m) for name, m in modules.items() if isinstance(m, TORCH_LAYERS)]
+        views = {name: view_of(module) for name, module in modules.items()}
+        self.layers = [Layer(name, view) for name, view in views.items() if view is not None]
         self.norms = {name: m for name, m in modules.items() if is_norm(m)}
         self.opaque = {name: m for name, m in modules.items() if isinstance(m, _OPAQUE)}
         known = {layer.module for layer in self.layers} | {*self.norms.values()}
@@ -363,11 +364,14 @@ class Watch(TorchFunctionMode):
         elif name in _SOFTMAXES and args and isinstance(args[0], Tensor):
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             self._events += 1
-            return (self.mixes(self._events, "a softmax", args[0], dim if isinstance(dim, int) else -1), *args[1:])
+            return (
+                self.mixes(self._events, "a softmax, which mixes them", args[0], dim if isinstance(dim, int) else -1),
+                *args[1:],
+            )
         elif name == "scaled_dot_product_attention":
             args = (*args, *(kwargs.pop(key) for key in ("query", "key", "value")[len(args) :]))
             self._events += 2
-            scores = "the scores of attention"
+            scores = "the scores of attention, which mix them"
             query = self.mixes(self._events - 1, scores, args[0], None)
             return (query, self.mixes(self._events, scores, args[1], None), *args[2:])
         elif kind == "glu":

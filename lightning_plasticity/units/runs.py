@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_plasticity.layer_views import TORCH_LAYERS
 from lightning_plasticity.units.channels import Layer, Site, clean, nan_channels, norm_dims, tensors_in, weights_of
 from lightning_plasticity.units.probing import LAYER_CALLS, Network, StopRun, Watch, describe
 
@@ -25,7 +26,7 @@ _MATRIX_CALLS = LAYER_CALLS | frozenset(
     )
 )
 _CHANGES = frozenset(
-    ["mul", "__mul__", "__rmul__", "div", "__truediv__", "sub", "__sub__", "mean", "std", "var", "norm"]
+    ("mul", "__mul__", "__rmul__", "div", "__truediv__", "sub", "__sub__", "mean", "std", "var", "norm", "round")
 )
 
 
@@ -104,7 +105,7 @@ class Survey(Watch):
                 layer.reason = f"it is called {calls} times in one forward pass"
             elif used_in is not None:
                 layer.reason = f"its parameters are also used outside of it (by {used_in})"
-            elif layer.name not in self.direct:
+            elif isinstance(layer.module, TORCH_LAYERS) and layer.name not in self.direct:
                 layer.reason = f"its weight is changed before it is used ({type(layer.module).__name__})"
 
 
@@ -282,7 +283,7 @@ class Proof(_Marked):
     @override
     def mixes(self, event: int, what: str, x: Tensor, dim: int | None) -> Tensor:
         if event in self.mixtures and bool(x.isnan().any()):
-            self._escaped(f"{what}, which mixes them")
+            self._escaped(what)
         return x
 
     @override

@@ -29,6 +29,30 @@ def transposed() -> nn.Sequential:
     return model
 
 
+class Conv1D(nn.Module):
+    """A linear layer whose weight has its outputs in the second dimension, as GPT-2's."""
+
+    def __init__(self, like: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(like.weight.detach().t().clone())
+        self.bias = nn.Parameter(like.bias.detach().clone())
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], -1)
+
+
+def linear() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 2))
+
+
+def home_made() -> nn.Sequential:
+    model = linear()
+    for i in (0, 2, 4):
+        model[i] = Conv1D(model[i])
+    return model
+
+
 def train(model: nn.Module, method=None) -> list[torch.Tensor]:
     """Weights with the outputs first, and the optimizer's memory of them, after some steps."""
     x, y = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(1)), 0.5
@@ -45,7 +69,7 @@ def train(model: nn.Module, method=None) -> list[torch.Tensor]:
         method.detach()
     found = []
     for layer in (model[0], model[2], model[4]):
-        is_transposed = isinstance(layer, nn.ConvTranspose2d)
+        is_transposed = isinstance(layer, (nn.ConvTranspose2d, Conv1D))
         for tensor in (layer.weight, optimizer.state[layer.weight]["exp_avg_sq"]):
             found.append(tensor.detach().transpose(0, 1) if is_transposed else tensor.detach())
         found.append(layer.bias.detach())
@@ -70,3 +94,18 @@ def test_transposed_convolutions_like_convolutions(name):
     expected = train(convolutions(), METHODS[name]())
     assert any(not torch.allclose(a, b, atol=1e-3) for a, b in zip(plain, expected, strict=True))
     torch.testing.assert_close(train(transposed(), METHODS[name]()), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("init", ["empirical", "kaiming_uniform"])
+def test_home_made_layers_like_linear_ones_with_each_distribution(init):
+    expected = train(linear(), ContinualBackprop(0.05, maturity_threshold=3, init=init))
+    given = train(home_made(), ContinualBackprop(0.05, maturity_threshold=3, init=init))
+    torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_home_made_layers_like_linear_ones(name):
+    plain = train(linear())
+    expected = train(linear(), METHODS[name]())
+    assert any(not torch.allclose(a, b, atol=1e-3) for a, b in zip(plain, expected, strict=True))
+    torch.testing.assert_close(train(home_made(), METHODS[name]()), expected, rtol=1e-4, atol=1e-6)

@@ -6,14 +6,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.layer_views import LayerView
+from lightning_plasticity.layer_views import view_of
 from lightning_plasticity.units.channels import is_norm, tensors_in
 from lightning_plasticity.units.find import HiddenUnits
 
 
 def columns(module: nn.Module, channels: Tensor):
     """The weights that read each of the given input channels of a linear or (grouped) convolution layer."""
-    weight = LayerView(module).by_output(module.weight)
+    weight = view_of(module).by_output(module.weight)
     groups = getattr(module, "groups", 1)
     outs, ins = weight.shape[0] // groups, weight.shape[1]
     for channel in channels.tolist():
@@ -90,7 +90,7 @@ def zero_columns(modules, sets: list[HiddenUnits], half: list[Tensor]) -> None:
 def write_noise(module: nn.Module, rows: Tensor, generator: torch.Generator) -> None:
     for parameter in module.parameters(recurse=False):
         if parameter is module.weight:
-            parameter = LayerView(module).by_output(parameter)
+            parameter = view_of(module).by_output(parameter)
         scale = parameter[rows].abs().mean().nan_to_num(1.0) + 1e-3
         parameter[rows] += scale * torch.randn(parameter[rows].shape, generator=generator).to(parameter)
 

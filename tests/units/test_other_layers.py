@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_plasticity.layer_views import view_of
 from lightning_plasticity.units import explore
 from lightning_plasticity.units.find import Slots
 from units.property_check import holds, invalid
@@ -54,27 +55,70 @@ def with_positions():
 
 
 HOME_MADE = {
-    "linear": lambda x, w: F.linear(x, w),
-    "at T": lambda x, w: x @ w.T,
-    "at t()": lambda x, w: x @ w.t(),
-    "einsum": lambda x, w: torch.einsum("bi,oi->bo", x, w),
+    "linear": (lambda x, w: F.linear(x, w), False),
+    "at T": (lambda x, w: x @ w.T, False),
+    "at t()": (lambda x, w: x @ w.t(), False),
+    "einsum": (lambda x, w: torch.einsum("...i,oi->...o", x, w), False),
+    "matmul": (lambda x, w: torch.matmul(x, w), True),
+    "rearranged": (lambda x, w: (w.T @ x.transpose(-1, -2)).transpose(-1, -2), True),
+}
+OTHERWISE = {
     "scaled": lambda x, w: F.linear(x, w * 0.5),
     "standardised": lambda x, w: F.linear(x, (w - w.mean()) / w.std()),
+    "rounded": lambda x, w: F.linear(x, w.round()),
+    "activated": lambda x, w: F.linear(x, w).relu(),
 }
 
 
-@pytest.mark.parametrize("use", HOME_MADE.values(), ids=HOME_MADE.keys())
-def test_home_made_layers_are_named(use):
+@pytest.mark.parametrize("name", HOME_MADE)
+@pytest.mark.parametrize("width", [6, 8])  # square as well: then the shape does not tell which way round it is
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_home_made_layers_are_layers(name, width, dtype):
+    torch.manual_seed(0)
+    use, transposed = HOME_MADE[name]
+    sizes = [(width, 6), (5, width)] if not transposed else [(6, width), (width, 5)]
+    model = nn.Sequential(HomeMade(use, *sizes[0][::-1]), nn.Tanh(), HomeMade(use, *sizes[1][::-1]), nn.Linear(5, 2))
+    inputs = tuple(x.to(dtype) for x in VECTOR)
+    found = explore(model.to(dtype), inputs, {}).units
+    assert {units.name: units.size for units in found} == {"0": width, "2": 5}
+    assert [view_of(model[i]).transposed for i in (0, 2)] == [transposed, transposed]
+    assert invalid(model, inputs, found) == []
+
+
+def test_conv1d_as_gpt2s():
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(8, 12), nn.GELU(), Conv1D(12, 8), nn.Tanh(), nn.Linear(8, 2))
+    found = explore(model, TOKENS, {}).units
+    assert {units.name: units.size for units in found} == {"0": 12, "2": 8}
+    assert invalid(model, TOKENS, found) == []
+
+
+@pytest.mark.parametrize("use", OTHERWISE.values(), ids=OTHERWISE.keys())
+def test_home_made_layers_that_do_something_else_are_named(use):
     model = nn.Sequential(HomeMade(use), nn.ReLU(), nn.Linear(8, 2))
+    assert view_of(model[0]) is None
     assert "its type is HomeMade" in explore(model, VECTOR, {}).left_out["0"]
     assert "its type is HomeMade" in explore(model, VECTOR, {}, explain=False).left_out["0"]
+
+
+def test_looking_at_a_module_changes_nothing():
+    module = HomeMade(HOME_MADE["matmul"][0])
+    weight, state = module.weight, torch.get_rng_state()
+    before = weight.detach().clone()
+    heard = []
+    module.register_forward_hook(lambda *_: heard.append(1))
+    assert view_of(module).transposed
+    assert module.weight is weight
+    assert torch.equal(weight, before)
+    assert module.training
+    assert heard == []
+    assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize(
     ("build", "inputs", "layer", "reason"),
     [
         (lstm, TOKENS, "lstm", "its type is LSTM"),
-        (lambda: nn.Sequential(Conv1D(6, 8), nn.ReLU(), nn.Linear(8, 2)), VECTOR, "0", "its type is Conv1D"),
         (
             lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.ConvTranspose2d(4, 2, 1, groups=2)),
             IMAGE,
@@ -221,7 +265,7 @@ def test_values_of_attention_are_units(attend, key_heads):
     assert invalid(model, TOKENS, found.units) == []
     for name in ("query", "key"):
         assert "its units reach " in found.left_out[name]
-        assert found.left_out[name].endswith("which mixes them")
+        assert found.left_out[name].endswith(("which mixes them", "which mix them"))
 
 
 def test_values_of_a_fused_projection():
