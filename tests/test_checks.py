@@ -107,6 +107,14 @@ CALLBACKS: dict[str, dict[str, str]] = {
         "reference_width": "count from 1?",
         "last_layer": "flag",
     },
+    "PartialReset": {
+        **UNITS,
+        "strength": "from 0 to 1",
+        "every_n_train_steps": "count from 1",
+        "decay_rate": "from 0 below 1",
+        "sharpness": "from 0",
+        "init": "init",
+    },
     "PlasticityMonitor": {
         **STEPS,
         "metrics": "metrics?",
@@ -120,6 +128,7 @@ CALLBACKS: dict[str, dict[str, str]] = {
         "threshold": "from 0",
         "every_n_train_steps": "count from 1",
         "score_steps": "count from 1",
+        "score": "choice",
         "init": "init",
     },
     "SelectiveReinit": {

@@ -9,6 +9,7 @@ from lightning_plasticity.callbacks.layer_reset import LayerReset
 from lightning_plasticity.callbacks.monitor import PlasticityMonitor
 from lightning_plasticity.callbacks.optimizer_reset import OptimizerReset
 from lightning_plasticity.callbacks.parseval_regularization import ParsevalRegularization
+from lightning_plasticity.callbacks.partial_reset import PartialReset
 from lightning_plasticity.callbacks.redo import ReDo
 from lightning_plasticity.callbacks.selective_reinit import SelectiveReinit
 from lightning_plasticity.callbacks.shrink_and_perturb import ShrinkAndPerturb
@@ -25,6 +26,7 @@ __all__ = [
     "LayerReset",
     "OptimizerReset",
     "ParsevalRegularization",
+    "PartialReset",
     "PlasticityMonitor",
     "ReDo",
     "SelectiveReinit",

@@ -33,7 +33,7 @@ class ParsevalRegularization(PlasticityCallback):
 
     It works on the weights of linear, convolution and attention layers, without those that the outputs come from, the
     last layer; biases stay. Kernels of convolutions are flattened to one row for each output, which nothing published
-    says. Where the model's parts are called one by one, the last layer is that of the part that was called last.
+    says. Where the model's parts are called one by one, each has its last layer.
 
     ``target=1.0, reference_width=None`` is the pull of AdamO. The authors add a trained factor for each unit after each
     layer in one of their experiments, to give back what is taken from the layer; this is left to the model, and so are

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -15,8 +15,10 @@ from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.editing.initial import Init, InitialDistribution, check_init
 from lightning_plasticity.engine.unit_callback import UnitCallback
 from lightning_plasticity.engine.unit_sets import UnitSet, weights_of_producers
-from lightning_plasticity.functional.redo import dormancy_scores
+from lightning_plasticity.functional.redo import dormancy_scores, gradient_scores
 from lightning_plasticity.units.find import HiddenUnits
+
+Score: TypeAlias = Literal["activation", "gradient"]
 
 
 class ReDo(UnitCallback):
@@ -30,13 +32,23 @@ class ReDo(UnitCallback):
     Scores come from the forward passes of training, before the last step has changed the weights, where the authors run
     the new weights on a batch from the replay buffer.
 
+    With ``score="gradient"`` (GraMa, ReGraMa) the size of the gradient of a unit's incoming weights takes the place of
+    its activation: :math:`s_i = G_i / (\overline{G} + 10^{-9})` with :math:`G_i = \mathrm{mean}_j |\partial L /
+    \partial W_{ij}|`. No activations are read, and it makes sense with any activation function. The gradients are those
+    of the step just made, clipped and unscaled, and equal on all ranks: in a plain loop, call ``step()`` before
+    ``zero_grad()``. A unit without gradient may also be one that has finished learning: where a whole layer has, all of
+    it is replaced, and one batch is noisy, which ``score_steps`` helps against. The authors' code also redraws the last
+    layer and leaves outgoing weights as they are; here, as in their paper (unconfirmed), hidden units only are
+    replaced, and outgoing weights become 0.
+
     *Dormant* is also used for other measures: of how rarely a unit is active, or of its gradient.
 
     Args:
-        threshold: :math:`\tau`; 0.1 and 0.025 have been published.
+        threshold: :math:`\tau`; 0.1 and 0.025 have been published, and 0.01 for gradients (unconfirmed).
         every_n_train_steps: act after every so many optimizer steps.
         score_steps: the number of steps, the last ones before it acts, whose examples tell which units are dormant. One
             is enough for batches of some dozens; on a single example many ReLU units are idle that others need.
+        score: what tells which units are dormant, ``"activation"`` or ``"gradient"``.
         init: where new incoming weights come from, as in ``ContinualBackprop``.
         module: the name of the module inside the model to work on; None for all of it.
         units: the sets of units, given by hand; None to find them.
@@ -61,8 +73,9 @@ class ReDo(UnitCallback):
         >>> method.replaced
         3
 
-    Reference:
-        Sokar et al., "The dormant neuron phenomenon in deep reinforcement learning", ICML 2023; arXiv 2302.12902.
+    References:
+        Sokar et al., "The dormant neuron phenomenon in deep reinforcement learning", ICML 2023; arXiv 2302.12902. Liu
+        et al., NeurIPS 2025; arXiv 2505.24061 (gradients).
     """
 
     def __init__(
@@ -71,6 +84,7 @@ class ReDo(UnitCallback):
         every_n_train_steps: int = 1000,
         *,
         score_steps: int = 1,
+        score: Score = "activation",
         init: Init = "empirical",
         module: str | None = None,
         units: Sequence[HiddenUnits] | None = None,
@@ -87,6 +101,7 @@ class ReDo(UnitCallback):
                 f"score_steps must be at most every_n_train_steps, which is {every_n_train_steps}, got {score_steps}. "
                 "Lower the one, or raise the other."
             )
+        self.score: Score = checks.choice("score", score, get_args(Score))
         self.init = check_init(init)
         self.replaced = 0
 
@@ -94,6 +109,7 @@ class ReDo(UnitCallback):
     def _reset(self) -> None:
         self._initial = InitialDistribution(self.model, (), self.init)
         self._sizes: dict[int, Tensor] = {}  # of the units of sets that are due in this step
+        self._gradients: dict[int, tuple[Tensor, int]] = {}  # of sets, added up, and over how many steps
         self.replaced = 0
 
     @override
@@ -103,7 +119,8 @@ class ReDo(UnitCallback):
 
     def _listen(self) -> None:
         """Only the forward passes of the steps whose examples decide need to be read."""
-        self._population.activations.listening = any(self._decides(done + 1) for done in self._maturity.steps)
+        is_near = any(self._decides(done + 1) for done in self._maturity.steps)
+        self._population.activations.listening = is_near and self.score == "activation"
 
     def _decides(self, step: int) -> bool:
         """Whether the examples of this step of a set tell which of its units are dormant."""
@@ -117,10 +134,23 @@ class ReDo(UnitCallback):
         return True if self._is_due(index) else None
 
     @override
+    def _take_gradients(self, sets: Sequence[int]) -> None:
+        for i in sets if self.score == "gradient" else ():
+            sizes = self._population.gradient_sizes(i) if self._decides(self._maturity.steps[i]) else None
+            if sizes is not None:
+                total, steps = self._gradients.get(i, (torch.zeros_like(sizes), 0))
+                self._gradients[i] = total + sizes, steps + 1
+            if self._is_due(i) and i in self._gradients:
+                total, steps = self._gradients.pop(i)
+                self._sizes[i] = total / steps
+
+    @override
     def _measure(self, sets: Sequence[int]) -> None:
         # What others heard goes on adding up until their turn comes.
         taken = [i for i in sets if self._is_due(i) or not self._decides(self._maturity.steps[i])]
-        if taken:
+        if self.score == "gradient":
+            self._population.take_means(sets)  # the first call was heard before it was known that none is wanted
+        elif taken:
             sizes = self._population.mean_over_consumers(self._population.take_means(taken)[1], taken)
             of_each = torch.split(sizes, [self._population.sets[i].units.size for i in taken])
             self._sizes = dict(zip(taken, of_each, strict=True))
@@ -135,9 +165,11 @@ class ReDo(UnitCallback):
         for i, total, count in zip(due, totals, ranks.tolist(), strict=True):
             # how many are dormant is only known on the device: this step waits for it
             if not total.isfinite().all():
-                self.leave_alone(population.sets[i].name, "the activations of its units")
+                kind = "gradients" if self.score == "gradient" else "activations"
+                self.leave_alone(population.sets[i].name, f"the {kind} of its units")
                 continue
-            dormant = (dormancy_scores(total / max(count, 1.0)) <= self.threshold).nonzero().squeeze(1)
+            scores = gradient_scores if self.score == "gradient" else dormancy_scores
+            dormant = (scores(total / max(count, 1.0)) <= self.threshold).nonzero().squeeze(1)
             if count and len(dormant):
                 chosen[i] = dormant
                 self.replaced += len(dormant)
@@ -158,7 +190,16 @@ class ReDo(UnitCallback):
         self.replaced = state["replaced"]
 
     @override
+    def _state_of_set(self, index: int) -> dict[str, Any]:
+        total, steps = self._gradients.get(index, (None, 0))
+        return {} if total is None else {"gradient": total.clone(), "gradient_steps": steps}
+
+    @override
     def _restore_set(self, index: int, state: dict[str, Any]) -> None:
+        self._gradients.pop(index, None)
+        if "gradient" in state:
+            total = state["gradient"].to(self._population.zeros(0), copy=True)
+            self._gradients[index] = total, state["gradient_steps"]
         self._listen()
 
     @override

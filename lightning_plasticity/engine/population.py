@@ -301,6 +301,15 @@ class Population:
             parts.append(rows.flatten(1).abs().mean(1, dtype=self.dtype))
         return torch.cat(parts)
 
+    def gradient_sizes(self, index: int) -> Tensor | None:
+        """For each unit of a set the mean size of the gradients of the main rows that make it; None without any."""
+        unit_set = self.sets[index]
+        gradient = unit_set.weights[0].grad
+        if gradient is None:
+            return None
+        of_rows = gradient.flatten(1).abs().mean(1, dtype=self.dtype)
+        return of_rows[unit_set.producers[0].entries].mean(1)
+
     def replace(
         self, chosen: Mapping[int, Tensor], initial: InitialDistribution, compensate: Mapping[int, Sequence[Tensor]]
     ) -> None:

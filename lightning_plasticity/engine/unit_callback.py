@@ -78,6 +78,9 @@ class UnitCallback(PlasticityCallback):
         Told on the host: nothing here may wait for the device.
         """
 
+    def _take_gradients(self, sets: Sequence[int]) -> None:
+        """Takes in the gradients of the step that has trained these sets, before anything else."""
+
     @abstractmethod
     def _measure(self, sets: Sequence[int]) -> None:
         """Takes in the activations that were heard of these sets since it was last called."""
@@ -114,6 +117,8 @@ class UnitCallback(PlasticityCallback):
             what = self._earn(i, self._maturity.advance(i))
             if what is not None:
                 due[i] = what
+        if trained:
+            self._take_gradients(trained)
         heard = population.heard(trained)
         if heard:
             self._measure(heard)

@@ -18,3 +18,15 @@ def dormancy_scores(mean_size: Tensor) -> Tensor:
     """
     mean = mean_size.mean()
     return torch.where(mean > 0, mean_size / torch.where(mean > 0, mean, torch.ones_like(mean)), torch.zeros_like(mean))
+
+
+def gradient_scores(sizes: Tensor) -> Tensor:
+    r"""The size of each unit's gradient relative to its layer, :math:`s_i = G_i / (\overline{G} + 10^{-9})`.
+
+    Example:
+        >>> gradient_scores(torch.tensor([0.0, 1.0, 3.0, 4.0]))
+        tensor([0.0000, 0.5000, 1.5000, 2.0000])
+        >>> gradient_scores(torch.zeros(2))
+        tensor([0., 0.])
+    """
+    return sizes / (sizes.mean() + 1e-9)

@@ -3,7 +3,7 @@ import torch
 
 from callbacks.streams import INPUT, convolutional, mlp, train
 from callbacks.test_continual_backprop import ramp, record_choices
-from callbacks.unit_references import ReferenceReDo
+from callbacks.unit_references import ReferenceGradientReDo, ReferenceReDo
 from lightning_plasticity.callbacks.redo import ReDo
 from lightning_plasticity.functional.redo import dormancy_scores
 
@@ -73,3 +73,36 @@ def test_only_the_steps_that_decide_are_read(score_steps, expected):
 def test_bad_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         ReDo(**arguments)
+
+
+@pytest.mark.parametrize("score_steps", [1, 3])
+@pytest.mark.parametrize("activation", [torch.nn.ReLU, torch.nn.GELU])
+@pytest.mark.parametrize("build", [mlp, convolutional])
+def test_by_gradient_same_units_at_the_same_steps_as_the_slow_reference(build, activation, score_steps):
+    model, twin = build(activation), build(activation)
+    if build is convolutional:  # the reference leaves norms alone
+        model[1], twin[1] = torch.nn.Identity(), torch.nn.Identity()
+    method = ReDo(0.6, every_n_train_steps=10, init=ramp, score="gradient", score_steps=score_steps)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method.attach(model, optimizer, example_inputs=(torch.zeros(1, *INPUT[build], dtype=torch.float64),))
+    choices = record_choices(method)
+    reference = ReferenceGradientReDo(twin, threshold=0.6, every=10, new_weights=ramp, score_steps=score_steps)
+    train(model, optimizer, method.step, INPUT[build], 300)
+    train(twin, torch.optim.SGD(twin.parameters(), lr=0.1), reference.step, INPUT[build], 300)
+    assert choices == [{i: tuple(units) for i, units in enumerate(chosen) if units} for chosen in reference.history]
+    assert method.replaced == sum(len(units) for chosen in choices for units in chosen.values()) > 0
+    for parameter, slow in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter, slow, rtol=1e-6, atol=1e-8)
+
+
+def test_by_gradient_no_activations_are_read_and_what_has_no_gradient_is_not_judged():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = ReDo(0.5, 1, score="gradient").attach(model, optimizer, example_inputs=(torch.zeros(1, 6).double(),))
+    assert not method._population.activations.listening
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    model[4].bias.grad = torch.zeros(3).double()
+    optimizer.step()
+    method.step()
+    assert method.replaced == 0
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))

@@ -196,3 +196,63 @@ class ReferenceReDo(Reference):
         for layer, units in zip(self.layers, chosen, strict=True):
             for i in units:
                 layer.consumer.weight[:, layer.columns[i]] = 0.0
+
+
+def slow_gradient_sizes(layer: Layer) -> list[float]:
+    """For each unit the mean size of the gradients of the weights that make it."""
+    return [float(np.mean([abs(g) for g in row.flatten().tolist()])) for row in layer.producer.weight.grad]
+
+
+class ReferenceGradientReDo:
+    def __init__(self, model, *, threshold, every, new_weights, score_steps):
+        self.layers = stack_layers(model)
+        self.threshold, self.every, self.new_weights, self.steps = threshold, every, new_weights, 0
+        self.score_steps, self.sizes, self.history = score_steps, [], []
+
+    @torch.no_grad()
+    def step(self):
+        self.steps += 1
+        self.sizes.append([slow_gradient_sizes(layer) for layer in self.layers])
+        if self.steps % self.every:
+            return
+        chosen = []
+        for k in range(len(self.layers)):
+            sizes = np.mean([step[k] for step in self.sizes[-self.score_steps :]], axis=0)
+            chosen.append([i for i, size in enumerate(sizes) if size / (np.mean(sizes) + 1e-9) <= self.threshold])
+        self.history.append(chosen)
+        for layer, units in zip(self.layers, chosen, strict=True):
+            for i in units:
+                layer.producer.weight[i] = self.new_weights(layer.producer.weight)[i]
+                layer.producer.bias[i] = 0.0
+        for layer, units in zip(self.layers, chosen, strict=True):
+            for i in units:
+                layer.consumer.weight[:, layer.columns[i]] = 0.0
+
+
+class ReferencePartialReset:
+    def __init__(self, model, *, strength, every, new_weights):
+        self.layers = stack_layers(model)
+        self.strength, self.every, self.new_weights, self.steps = strength, every, new_weights, 0
+        self.u = [[1.0] * len(layer.columns) for layer in self.layers]
+
+    @torch.no_grad()
+    def step(self):
+        self.steps += 1
+        for layer, u in zip(self.layers, self.u, strict=True):
+            sizes = slow_gradient_sizes(layer)
+            for i, size in enumerate(sizes):
+                u[i] = 0.99 * u[i] + 0.01 * size / (np.mean(sizes) + 1e-9)
+        if self.steps % self.every:
+            return
+        shares = [
+            [self.strength * min(2 / (1 + np.exp(16 * (value - 1))), 1.0) for value in u] for u in self.u
+        ]  # fmt: skip
+        for layer, of_units in zip(self.layers, shares, strict=True):
+            fresh = self.new_weights(layer.producer.weight)
+            for i, share in enumerate(of_units):
+                layer.producer.weight[i] = (1 - share) * layer.producer.weight[i] + share * fresh[i]
+        for layer, of_units in zip(self.layers, shares, strict=True):
+            for i, share in enumerate(of_units):
+                for k in layer.columns[i]:
+                    layer.consumer.weight[:, k] *= 1 - share
+        self.u = [[1.0] * len(u) for u in self.u]

@@ -12,6 +12,7 @@ from lightning_plasticity import (
     LayerReset,
     OptimizerReset,
     ParsevalRegularization,
+    PartialReset,
     SelectiveReinit,
     ShrinkAndPerturb,
     SoftWeightRescaling,
@@ -54,6 +55,12 @@ CASES = [
         rate_zero=partial(ActivationReset, ActivationStrategy(0.0, 0.0, -0.5, 0.5), max_weight=None),
     ),
     Case("ReDo", partial(ReDo, 0.5, 3), rate_zero=partial(ReDo, 0.025, 10_000)),
+    Case(
+        "ReDo by gradient",
+        partial(ReDo, 0.5, 3, score="gradient", score_steps=2),
+        rate_zero=partial(ReDo, 0.01, 10_000, score="gradient"),
+    ),
+    Case("PartialReset", partial(PartialReset, 0.5, 3), rate_zero=partial(PartialReset, 0.5, 10_000)),
     Case("ReDo over steps", partial(ReDo, 0.5, 3, score_steps=2), rate_zero=partial(ReDo, 0.025, 10_000)),
     Case(
         "SoftWeightRescaling",
