@@ -245,6 +245,8 @@ class EqualDraws:
 
         On another type of device than that of the checkpoint they start again from the seed.
         """
+        for state in state_dict["states"].get("cpu", ()):
+            torch.Generator().set_state(state.cpu())  # raises where it is none
         self._seed = state_dict["seed"]
         self._generators = {}
         # A checkpoint may have been loaded to the accelerator; generators take their state from the CPU.

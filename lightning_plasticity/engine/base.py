@@ -26,6 +26,7 @@ from lightning_plasticity.editing.edits import Editor, OptimizerState
 from lightning_plasticity.editing.optimizer_state import OPTIMIZER_STATES
 from lightning_plasticity.engine.examination import Examination, Part, Question
 from lightning_plasticity.engine.forward import forget_compiled_code
+from lightning_plasticity.engine.state import VERSION, check_state
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.find import original
 
@@ -456,7 +457,12 @@ class PlasticityCallback(Callback, ABC):
     def state_dict(self) -> dict[str, Any]:
         if not self._ready:
             return dict(self._saved or {})
-        state = {"optimizer_steps": self.optimizer_steps, "draws": self.draws.state_dict(), "method": self._state()}
+        state = {
+            "version": VERSION,
+            "optimizer_steps": self.optimizer_steps,
+            "draws": self.draws.state_dict(),
+            "method": self._state(),
+        }
         remainders = self.editor.remainders.state_dict()
         return {**state, "remainders": remainders} if remainders else state
 
@@ -473,6 +479,20 @@ class PlasticityCallback(Callback, ABC):
         self._load(state_dict)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
+        """Takes state whole, or raises and is as before."""
+        own = self.state_dict()
+        check_state(type(self).__name__, state_dict, own)
+        try:
+            self._take_state(state_dict)
+        except Exception as error:
+            self._skipped()
+            self._take_state(own)
+            raise ValueError(
+                f"{type(self).__name__} cannot load this state: {error} Resume with the model and the settings of "
+                "the run that saved it. Nothing was changed."
+            ) from error
+
+    def _take_state(self, state_dict: dict[str, Any]) -> None:
         self.optimizer_steps = state_dict["optimizer_steps"]
         self.draws.load_state_dict(state_dict["draws"])
         self.editor.remainders.load_state_dict(state_dict.get("remainders", {}))

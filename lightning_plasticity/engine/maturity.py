@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_plasticity import checks
+
 
 class Maturity:
     """How many units of each set are older than a threshold, and how many replacements are due.
@@ -68,9 +70,11 @@ class Maturity:
 
     def restore(self, index: int, state: dict[str, Any]) -> None:
         """A set, from the checkpoint."""
-        self.steps[index] = state["steps"]
-        self._young[index] = deque((step, count) for step, count in state["young"])
-        self._mature[index] = self._sizes[index] - sum(count for _, count in self._young[index])
+        steps = checks.count("the number of steps", state["steps"])
+        young = deque((checks.count("a step", at), checks.count("a count", count)) for at, count in state["young"])
+        mature = self._sizes[index] - sum(count for _, count in young)
+        checks.count("the number of mature units", mature)
+        self.steps[index], self._young[index], self._mature[index] = steps, young, mature
 
 
 class Ages:
