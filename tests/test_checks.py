@@ -137,6 +137,7 @@ CALLBACKS: dict[str, dict[str, str]] = {
         "fraction": "from 0 to 1?",
         "reinit": "choice?",
         "case": "case?",
+        "parameters": "choice",
         "std": "from 0?",
         "utility": "choice",
         "decay_rate": "from 0 below 1",

@@ -106,9 +106,9 @@ class PartialReset(UnitCallback):
         for i in sets:
             sizes = self._population.gradient_sizes(i)
             if sizes is not None:
-                scores = gradient_scores(sizes)
-                known = torch.where(scores.isfinite(), scores, self._utilities[i])  # what is not finite tells nothing
-                self._utilities[i].lerp_(known, 1 - self.decay_rate)
+                # A layer with gradients that are not finite tells nothing: scores are relative to all of it.
+                scores = torch.where(sizes.isfinite().all(), gradient_scores(sizes), self._utilities[i])
+                self._utilities[i].lerp_(scores, 1 - self.decay_rate)
 
     @override
     def _measure(self, sets: Sequence[int]) -> None:

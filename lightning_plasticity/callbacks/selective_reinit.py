@@ -26,9 +26,10 @@ from lightning_plasticity.functional.selective_reinit import (
     new_values,
     smallest,
 )
-from lightning_plasticity.layers.weights import LayerPatterns, find_biases, find_weights
+from lightning_plasticity.layers.weights import LayerPatterns, find_biases, find_parameters, find_weights
 
-Utility: TypeAlias = Literal["magnitude", "gradient"]
+Utility: TypeAlias = Literal["magnitude", "gradient", "random"]
+Parameters: TypeAlias = Literal["weights", "all"]
 
 
 class SelectiveReinit(ScheduledCallback):
@@ -57,7 +58,9 @@ class SelectiveReinit(ScheduledCallback):
     come later in the list of callbacks look at the weights. Its checkpoints remember that: it does not act again in a
     run that resumes, nor in a second ``fit`` unless :meth:`rearm` is called. In a plain loop it acts in ``attach``: to
     resume there, call ``load_state_dict`` before. On a schedule this is the method that is published as *selective
-    weight reinitialisation*, which is abbreviated SWR as Soft Weight Rescaling is.
+    weight reinitialisation*, which is abbreviated SWR as Soft Weight Rescaling is. :meth:`as_published` gives its
+    settings: there all parameters take part, the optimizer remembers what was replaced, and the average begins anew
+    each time.
 
     Args:
         fraction: the share :math:`k` of the weights of each tensor; 0.10 if not given. A threshold takes its place.
@@ -67,6 +70,7 @@ class SelectiveReinit(ScheduledCallback):
         utility: ``"magnitude"``, :math:`|w|`, or ``"gradient"``, :math:`|w \cdot \partial L / \partial w|`, which needs
             a schedule. The gradient is the one of the step just made, clipped and unscaled; the weight is the one that
             this step led to, and that would be replaced. In a plain loop, call ``step()`` before ``zero_grad()``.
+            ``"random"``: by chance.
         decay_rate: :math:`\eta` of a running average of the gradient utility, :math:`u \leftarrow \eta u + (1 - \eta)
             |w \cdot \partial L / \partial w|`, corrected for its start at 0; with 0.0 the last step decides.
         forget: what the average forgets each time it acts. ``"renewed"``: the record of weights that got new values,
@@ -77,6 +81,8 @@ class SelectiveReinit(ScheduledCallback):
         zero_biases: also set biases to 0 when it acts once: True those of the same layers, ``"all"`` also the shifts of
             normalisation layers. None takes True with a ``case``, as published, and otherwise False: networks whose
             biases matter lose much of what they know. On a schedule biases are left alone.
+        parameters: ``"weights"``, those of linear, convolution and attention layers, or ``"all"``: also biases,
+            normalisation layers, embeddings and whatever else is trained, each tensor on its own.
         every_n_train_steps: act after every so many optimizer steps.
         every_n_epochs: act after every so many epochs, as the next one begins.
         include: patterns (as in ``fnmatch``) of names of layers to work on.
@@ -114,6 +120,7 @@ class SelectiveReinit(ScheduledCallback):
         threshold: float | None = None,
         relative_threshold: float | None = None,
         zero_biases: bool | Literal["all"] | None = None,
+        parameters: Parameters = "weights",
         every_n_train_steps: int | None = None,
         every_n_epochs: int | None = None,
         include: Sequence[str] | str = "*",
@@ -143,6 +150,7 @@ class SelectiveReinit(ScheduledCallback):
         self.forget = checks.choice("forget", forget, ("renewed", "all"))
         zeroed = case is not None and once if zero_biases is None else zero_biases
         self.zero_biases: bool | Literal["all"] = checks.choice("zero_biases", zeroed, (True, False, "all"))
+        self.parameters: Parameters = checks.choice("parameters", parameters, get_args(Parameters))
         self.patterns = LayerPatterns(checks.words("include", include), checks.words("exclude", exclude))
         self._check_combination()
         self._applied = False
@@ -167,6 +175,38 @@ class SelectiveReinit(ScheduledCallback):
             (0.25, 'normal', 0.2)
         """
         return cls(case=checks.word("case", case), **settings)
+
+    @classmethod
+    def as_published(cls, **settings: Any) -> Self:
+        """The method as selective weight reinitialisation was published, on a schedule.
+
+        All trained parameters take part. Those of a tensor whose utility is at most a multiple of its mean are drawn
+        anew: where a tensor has no gradient at all, it is redrawn whole. The optimizer's state stays, and an average of
+        utilities, if there is one, begins anew each time. Without arguments these are the settings of the authors'
+        vision transformer. Others of theirs, on permuted MNIST with plain SGD, are ``fraction=0.4,
+        relative_threshold=None, every_n_train_steps=2400``, and ``utility="magnitude", reinit="init_mean",
+        relative_threshold=0.001, every_n_train_steps=2048``.
+
+        Args:
+            settings: all that the constructor takes, in place of these.
+
+        Example:
+            >>> method = SelectiveReinit.as_published(relative_threshold=1e-3)
+            >>> method.utility, method.parameters, method.relative_threshold, method.optimizer_state
+            ('gradient', 'all', 0.001, 'keep')
+        """
+        published: dict[str, Any] = {
+            "reinit": "init",
+            "utility": "gradient",
+            "relative_threshold": 5e-4,
+            "parameters": "all",
+            "every_n_train_steps": 128,
+            "optimizer_state": "keep",
+            "forget": "all" if settings.get("decay_rate") else "renewed",
+        }
+        if settings.get("every_n_epochs") is not None:
+            del published["every_n_train_steps"]
+        return cls(**published | settings)
 
     def rearm(self) -> None:
         """Lets a method that acts once act once more, when fitting starts again."""
@@ -243,7 +283,8 @@ class SelectiveReinit(ScheduledCallback):
 
     @override
     def _start(self) -> None:
-        self._weights = find_weights(self.model, self.module or "", self.patterns)
+        find = find_weights if self.parameters == "weights" else find_parameters
+        self._weights = find(self.model, self.module or "", self.patterns)
         due = self._due()
         if not any(id(weight) in due for weight in self._weights.values()):
             raise ValueError(
@@ -285,12 +326,14 @@ class SelectiveReinit(ScheduledCallback):
         """Whether something is known by which to rank the weights."""
         if self._averages_gradients:
             return name in self._averages
-        return self.utility == "magnitude" or weight.grad is not None
+        return self.utility != "gradient" or weight.grad is not None
 
     def _utility(self, name: str, weight: Tensor) -> Tensor:
         """What ranks the weights by its magnitude."""
         if self._averages_gradients:
             return self._averages.read(name)
+        if self.utility == "random":
+            return torch.rand(weight.shape, generator=self.draws.generator(weight.device), device=weight.device)
         if weight.grad is None or self.utility == "magnitude":
             return weight
         return gradient_utilities([weight], [weight.grad])[0]

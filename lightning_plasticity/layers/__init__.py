@@ -9,6 +9,7 @@ from lightning_plasticity.layers.weights import (
     find_bias,
     find_biases,
     find_norm_parameters,
+    find_parameters,
     find_weights,
 )
 
@@ -22,6 +23,7 @@ __all__ = [
     "find_bias",
     "find_biases",
     "find_norm_parameters",
+    "find_parameters",
     "find_weights",
     "plan",
     "trace",

@@ -116,6 +116,23 @@ def find_bias(model: nn.Module, weight: str) -> nn.Parameter | None:
     return submodule(model, layer)._parameters.get(bias)
 
 
+def find_parameters(model: nn.Module, scope: str, patterns: LayerPatterns) -> dict[str, nn.Parameter]:
+    """All floating-point parameters of the modules that are meant, whatever they are, by their names in the model.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4))
+        >>> list(find_parameters(model, "", LayerPatterns(("*",), ())))
+        ['0.weight', '1.weight', '1.bias']
+    """
+    found: dict[nn.Parameter, str] = {}
+    for name, module in _modules(model, scope):
+        for own_name, parameter in module.named_parameters(recurse=False) if patterns.mean(name) else ():
+            if parameter.is_floating_point() and parameter not in found:
+                found[parameter] = f"{name}.{own_name}".lstrip(".")
+                check_editable(parameter, found[parameter])
+    return {name: parameter for parameter, name in found.items()}
+
+
 def find_norm_parameters(model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
     """The scales and shifts of normalisation layers, by their names in the model.
 

@@ -97,11 +97,13 @@ def test_small_resets_count_in_half_precision():
 def test_gradients_that_are_not_finite_tell_nothing():
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    method = PartialReset(0.5, 2).attach(model, optimizer, example_inputs=(torch.ones(1, 4),))
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, float("nan"))
-    model[0].weight.data.fill_(1.0)
-    optimizer.param_groups[0]["lr"] = 0.0
-    before = method._utilities[0].clone()
-    method._take_gradients([0])
-    assert torch.equal(method._utilities[0], before)
+    method = PartialReset(0.5, 10).attach(model, optimizer, example_inputs=(torch.ones(1, 4),))
+    for value, is_known in ((float("nan"), False), (float("inf"), False), (1.0, True)):
+        before = method._state()["sets"]["0"]["utility"]
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        model[0].weight.grad[0] = 0.0
+        optimizer.step()
+        model.load_state_dict({name: torch.ones_like(p) for name, p in model.state_dict().items()})
+        method.step()
+        assert torch.equal(method._state()["sets"]["0"]["utility"], before) != is_known

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
+from callbacks.streams import INPUT, mlp, train
 from lightning_plasticity import L2Init, SelectiveReinit
 from lightning_plasticity.functional.selective_reinit import Case
 
@@ -761,3 +762,79 @@ def test_time() -> None:
         return time.process_time() - started
 
     assert min(seconds() for _ in range(3)) < 2
+
+
+def as_published(model: nn.Module, **settings: Any) -> tuple[SelectiveReinit, torch.optim.Optimizer]:
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    method = SelectiveReinit.as_published(every_n_train_steps=1, **settings).attach(model, optimizer)
+    return method, optimizer
+
+
+def test_as_published_all_parameters_take_part_and_one_without_gradient_is_redrawn_whole() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(6, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+    method, optimizer = as_published(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 5.0
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    model[1].weight.grad.zero_()
+    model[1].bias.grad.zero_()
+    model[2].weight.grad[0, 0] = 0.0
+    optimizer.step()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    method.step()
+    changed = {name: (p != before[name]).sum().item() for name, p in model.named_parameters()}
+    assert changed == {"0.weight": 0, "1.weight": 4, "1.bias": 4, "2.weight": 1, "2.bias": 0}
+    assert model[1].weight.tolist() == [1.0] * 4  # the initial values of normalisation layers
+    assert model[1].bias.tolist() == [0.0] * 4
+    assert optimizer.state[model[2].weight]["step"] == 1
+
+
+def test_as_published_same_course_as_a_slow_reference_over_300_steps() -> None:
+    model, twin = mlp(), mlp()
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.02) for net in (model, twin)]
+    settings: dict[str, Any] = {"reinit": "init_mean", "relative_threshold": 0.2, "decay_rate": 0.9}
+    method = SelectiveReinit.as_published(**settings, every_n_train_steps=20).attach(model, optimizers[0])
+    averages = [torch.zeros_like(parameter) for parameter in twin.parameters()]
+    steps = replaced = 0
+
+    @torch.no_grad()
+    def reference() -> None:
+        nonlocal steps, replaced
+        steps += 1
+        for parameter, average in zip(twin.parameters(), averages, strict=True):
+            average.mul_(0.9).add_(0.1 * (parameter * parameter.grad).abs())
+            if steps % 20 == 0:
+                bound = 0.2 * average.mean()
+                for value, utility in zip(parameter.view(-1), average.view(-1), strict=True):
+                    if utility <= bound:
+                        value.fill_(0.0)  # the mean of the distributions that they started from
+                        replaced += 1
+                average.zero_()
+
+    train(model, optimizers[0], method.step, INPUT[mlp], 300)
+    train(twin, optimizers[1], reference, INPUT[mlp], 300)
+    assert replaced > 100
+    for parameter, slow in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter, slow, rtol=1e-8, atol=1e-10)
+
+
+def test_random_utility_chooses_by_chance_and_alike_with_one_seed() -> None:
+    def chosen(seed: int) -> torch.Tensor:
+        model = nn.Linear(50, 40)
+        model.weight.data = torch.arange(2000.0).view(40, 50) + 1
+        SelectiveReinit(0.25, "normal", utility="random", seed=seed).attach(model)
+        return model.weight.detach() != torch.arange(2000.0).view(40, 50) + 1
+
+    assert chosen(0).sum() == 500
+    assert torch.equal(chosen(0), chosen(0))
+    assert not torch.equal(chosen(0), chosen(1))
+    assert 0.15 < chosen(0)[:20].float().mean() < 0.35
+
+
+def test_as_published_settings_may_be_replaced() -> None:
+    method = SelectiveReinit.as_published(every_n_epochs=2, fraction=0.4, relative_threshold=None)
+    assert (method.schedule.every_n_epochs, method.schedule.every_n_train_steps) == (2, None)
+    assert (method.fraction, method.relative_threshold, method.parameters) == (0.4, None, "all")

@@ -139,5 +139,10 @@ CASES = [
         rate_zero=partial(SpectralRegularization, coefficient=0.0),
     ),
     Case("WeightClipping", partial(WeightClipping, 0.5), rate_zero=partial(WeightClipping, 1e6)),
+    Case(
+        "SelectiveReinit as published",
+        partial(SelectiveReinit.as_published, relative_threshold=0.5, every_n_train_steps=4, decay_rate=0.9),
+        rate_zero=partial(SelectiveReinit.as_published, every_n_train_steps=10_000),
+    ),
     Case("NoisyUnits", partial(NoisyUnits, every_n_steps=3), rate_zero=partial(NoisyUnits, every_n_steps=None)),
 ]
