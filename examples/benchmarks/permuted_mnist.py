@@ -24,10 +24,17 @@ from lightning_plasticity import (
     ActivationReset,
     ActivationStrategy,
     ContinualBackprop,
+    HareAndTortoise,
+    IsometryReinit,
     L2Init,
+    ParsevalRegularization,
+    PartialReset,
     ReDo,
+    SelectiveReinit,
     ShrinkAndPerturb,
     SoftWeightRescaling,
+    SpectralRegularization,
+    WeightClipping,
 )
 from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.functional import dead_units, effective_rank, gradient_covariance, weight_magnitude
@@ -77,6 +84,21 @@ ARMS = {
     "ReDo, score_steps=100": Arm(lambda seed: ReDo(score_steps=100, seed=seed)),
     "ShrinkAndPerturb": Arm(lambda seed: ShrinkAndPerturb(0.6, 0.4, every_n_train_steps=TASK, seed=seed)),
     "LayerNorm, L2": Arm(weight_decay=1e-3, layer_norm=True),
+    # Each of these with what its authors have, where they say so, and otherwise with its defaults. Resets come at the
+    # change of tasks. (OptimizerReset has no arm: plain SGD remembers nothing.)
+    "IsometryReinit": Arm(lambda seed: IsometryReinit(every_n_train_steps=TASK, seed=seed)),
+    "IsometryReinit, exact": Arm(lambda seed: IsometryReinit(exact=True, every_n_train_steps=TASK, seed=seed)),
+    "HareAndTortoise": Arm(lambda seed: HareAndTortoise(every_n_train_steps=TASK, seed=seed)),
+    "ParsevalRegularization": Arm(lambda seed: ParsevalRegularization(seed=seed)),
+    "SpectralRegularization": Arm(lambda seed: SpectralRegularization(seed=seed)),
+    "WeightClipping": Arm(lambda seed: WeightClipping(2.0, seed=seed)),
+    "L2Init, sorted": Arm(lambda seed: L2Init(1e-3, match="sorted", every_n_train_steps=100, seed=seed)),
+    "ReDo by gradient, score_steps=100": Arm(lambda seed: ReDo(0.01, score="gradient", score_steps=100, seed=seed)),
+    "PartialReset": Arm(lambda seed: PartialReset(seed=seed)),
+    # one image would decide, without an average
+    "SelectiveReinit as published, decay_rate=0.999": Arm(
+        lambda seed: SelectiveReinit.as_published(decay_rate=0.999, seed=seed)
+    ),
 }
 # `auto` takes the ReLU strategy for ReLU and that for tanh for tanh, so that it and its opposite are arms of their own
 # in the mixed network only.

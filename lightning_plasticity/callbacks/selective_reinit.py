@@ -185,7 +185,8 @@ class SelectiveReinit(ScheduledCallback):
         utilities, if there is one, begins anew each time. Without arguments these are the settings of the authors'
         vision transformer. Others of theirs, on permuted MNIST with plain SGD, are ``fraction=0.4,
         relative_threshold=None, every_n_train_steps=2400``, and ``utility="magnitude", reinit="init_mean",
-        relative_threshold=0.001, every_n_train_steps=2048``.
+        relative_threshold=0.001, every_n_train_steps=2048``. The gradient is that of the last batch, which in theirs
+        has 30 examples or more: with small batches, where much of it is 0, give a ``decay_rate``.
 
         Args:
             settings: all that the constructor takes, in place of these.

@@ -22,6 +22,9 @@ class Sleepy(PlasticityCallback):
     def _start(self):
         pass
 
+    def _works_on(self):
+        return "nothing."
+
     def _after_step(self, optimizer):
         time.sleep(0.005)
 
