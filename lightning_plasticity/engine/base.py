@@ -27,8 +27,8 @@ from lightning_plasticity.editing.optimizer_state import OPTIMIZER_STATES
 from lightning_plasticity.engine.examination import Examination, Part, Question
 from lightning_plasticity.engine.forward import forget_compiled_code
 from lightning_plasticity.engine.state import VERSION, check_state
+from lightning_plasticity.names import original
 from lightning_plasticity.units.calls import ForwardCall
-from lightning_plasticity.units.find import original
 
 
 class PlasticityCallback(Callback, ABC):

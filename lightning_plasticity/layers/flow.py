@@ -7,9 +7,7 @@ concatenation are looked through, whatever they are called and wherever they hap
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +22,7 @@ from lightning_plasticity.functional.substitution import call_with
 from lightning_plasticity.names import named_modules_as_written
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.channels import is_norm, tensors_in
-from lightning_plasticity.units.examining import undisturbed
+from lightning_plasticity.units.examining import quietly, undisturbed
 
 INPUT = "(input)"  # what the network's own inputs carry
 
@@ -109,7 +107,9 @@ def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], name
 def run_with(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: Mapping[str, Tensor], *, training: bool
 ) -> list[Tensor]:
-    """What the network returns with other tensors in the place of the named ones, its draws always the same.
+    """What the network returns with other tensors in the place of the named ones.
+
+    Draws are the same in every call, for every random state is put back.
 
     It runs in the precision of its weights, without autocasting, so that what it returns is as precise as can be.
     """
@@ -118,23 +118,9 @@ def run_with(
     def cast(x: Tensor) -> Tensor:
         return x.to(parameter.dtype) if x.is_floating_point() else x
 
-    with undisturbed(model), _quietly(), torch.autocast(parameter.device.type, enabled=False):
-        torch.manual_seed(0)
+    with undisturbed(model), quietly(), torch.autocast(parameter.device.type, enabled=False):
         given = tree_map_only(Tensor, cast, (tuple(args), dict(kwargs)))
         return list(tensors_in(call_with(model.train(training), tensors, *given)))
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without gradients, compilation and warnings, and with all parts of transformer layers called."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it computes transformer layers without calling their parts
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def _run_traced(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], prefix: str) -> Flow:
@@ -145,7 +131,7 @@ def _run_traced(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
             handles.append(module.register_forward_pre_hook(tracer.before(name), with_kwargs=True))
             handles.append(module.register_forward_hook(tracer.after(name)))
     try:
-        with _quietly(), tracer:
+        with quietly(), tracer:
             tracer.mark((args, kwargs), frozenset([INPUT]))
             outputs = model(*args, **kwargs)
             return Flow(

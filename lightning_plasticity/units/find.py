@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.distributed import is_sharded
-from lightning_plasticity.names import original as original
-from lightning_plasticity.units.probing import Network, undisturbed
+from lightning_plasticity.names import original
+from lightning_plasticity.units.examining import undisturbed
+from lightning_plasticity.units.probing import Network
 from lightning_plasticity.units.wiring import Group, Wiring
 
 

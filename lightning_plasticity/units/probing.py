@@ -36,9 +36,7 @@ from lightning_plasticity.units.channels import (
     ones_for_nan,
     tensors_in,
 )
-from lightning_plasticity.units.examining import is_examining as is_examining
 from lightning_plasticity.units.examining import quietly, random_states
-from lightning_plasticity.units.examining import undisturbed as undisturbed
 
 # Layers that mix their input channels in a way for which no column of one weight belongs to one input channel.
 _OPAQUE = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)

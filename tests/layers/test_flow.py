@@ -114,6 +114,14 @@ def test_everything_is_as_it_was():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_draws_are_the_same_in_every_call():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout())
+    x = torch.ones(3, 4)
+    first, second = (run_with(model, (x,), {}, {}, training=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, run_with(model, (x,), {}, {}, training=False)[0])
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_other_tensors_in_the_place_of_the_models(training):
     model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.BatchNorm1d(1, eps=1e-12))
