@@ -7,7 +7,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -56,7 +56,8 @@ class PlasticityMonitor(Callback):
 
     Args:
         metrics: metrics, or metrics by name; None for effective rank, dormant and dead units of each layer, and size,
-            norm and distance from the start of the weights. They are only copied.
+            norm and distance from the start of the weights. They are only copied. Several monitors of one Trainer, for
+            several schedules or modules, need different names.
         every_n_train_steps: measure after every so many training steps. If given, it replaces ``every_n_epochs``.
         every_n_epochs: measure after every so many epochs.
         module: the name of the module inside the LightningModule to measure; None for all of it.
@@ -122,17 +123,34 @@ class PlasticityMonitor(Callback):
             layers=self.layers,
         )
 
+    def attach(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuses: in a loop of one's own there is nobody who says when to measure, and where to log."""
+        raise RuntimeError(
+            "PlasticityMonitor measures in a Trainer, got attach(), as methods have it for other loops. There, update "
+            "the metrics yourself: EffectiveRank().update(features), WeightMagnitude().update(model)."
+        )
+
     # ---- starting and ending
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._find_scope(original(pl_module))
+        self._check_names(trainer)
         if self.figures and trainer.loggers and not _can_draw():
             warnings.warn(
                 "PlasticityMonitor draws no figures, because matplotlib is not installed. Install it with "
                 "`pip install lightning-plasticity[plot]`, or set figures=False.",
                 stacklevel=2,
             )
+
+    def _check_names(self, trainer: Trainer) -> None:
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, PlasticityMonitor) and other is not self:
+                for name in self._measures.prototypes.keys() & other._measures.prototypes.keys():
+                    raise ValueError(
+                        f"Monitors of one Trainer need measures with names of their own, but two would log {name!r}. "
+                        f"Name them in one of the two: PlasticityMonitor({{'{name} of the head': {name}()}}, ...)."
+                    )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

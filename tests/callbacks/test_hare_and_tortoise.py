@@ -175,3 +175,20 @@ def test_what_cannot_work_is_refused():
     method = HareAndTortoise(every_n_train_steps=1).attach(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"only one of the two has \['0.bias'"):
         method.load_state_dict(state)
+
+
+@pytest.mark.parametrize("is_in_optimizer", [False, True])
+def test_a_target_network_is_left_to_who_moves_it(is_in_optimizer):
+    model = nn.ModuleDict({"online": mlp(), "target": mlp()})
+    if is_in_optimizer:
+        model["target"].requires_grad_(False)
+    optimizer = torch.optim.SGD((model if is_in_optimizer else model["online"]).parameters(), lr=0.1)
+    method = HareAndTortoise(0.9, every_n_train_steps=1).attach(model, optimizer)
+    model["online"](torch.ones(2, 6).double()).sum().backward()
+    with torch.no_grad():
+        model["target"][0].weight.add_(1)
+    optimizer.step()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    method.step()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if name.startswith("online.")}

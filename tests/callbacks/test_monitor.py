@@ -540,3 +540,26 @@ def test_a_model_without_hidden_units_can_be_measured_by_its_weights():
     monitor = PlasticityMonitor([M.WeightNorm()])
     fit(monitor, module=Linear, max_epochs=1)
     assert set(monitor.values) == {"plasticity/WeightNorm", "plasticity/WeightNorm/net.weight"}
+
+
+def test_two_monitors_with_schedules_of_their_own():
+    """They measure what each measures alone, and go on from one checkpoint; the same name twice is refused."""
+
+    def monitors():
+        by_step = PlasticityMonitor([M.EffectiveRank(), M.WeightNorm()], every_n_train_steps=4)
+        by_epoch = PlasticityMonitor({"rank at the end": M.EffectiveRank()}, module="net")
+        return [by_step, by_epoch]
+
+    both = monitors()
+    model = fit(*both)
+    for together, alone in zip(both, monitors(), strict=True):
+        assert difference(dict(fit(alone).state_dict()), dict(model.state_dict())) is None
+        assert together.history == alone.history
+    assert len({monitor.state_key for monitor in both}) == 2
+    with pytest.raises(ValueError, match=r"but two would log 'WeightNorm'\. Name them in one of the two"):
+        fit(both[0], PlasticityMonitor([M.WeightNorm()], every_n_train_steps=3))
+
+
+def test_attach_says_that_a_trainer_is_needed():
+    with pytest.raises(RuntimeError, match=r"measures in a Trainer, got attach\(\)"):
+        PlasticityMonitor().attach(nn.Linear(2, 2))
