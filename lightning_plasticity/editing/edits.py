@@ -76,9 +76,14 @@ class Editor:
     ) -> None:
         self._model = model
         self._state = EntryState(optimizers, optimizer_state)
+        self._state.follow()
         self.remainders = Remainders(model)
         self._layers: dict[str, LayerView] = {}
         self._initial_norms: dict[str, dict[str, Tensor]] = {}
+
+    def close(self) -> None:
+        """Remove the hooks that look after new entries in the steps that follow an edit."""
+        self._state.close()
 
     @torch.no_grad()
     def redraw_rows(self, module: str, rows: Tensor, values: Tensor) -> None:

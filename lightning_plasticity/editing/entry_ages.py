@@ -4,38 +4,55 @@ from __future__ import annotations
 
 import math
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
+from torch.utils.hooks import RemovableHandle
 
 AGE = "age"  # in the optimizer's state of a parameter, so that its checkpoints have it; infinite: as old as the tensor
-_FOLLOWED: WeakSet[Optimizer] = WeakSet()
+_FOLLOWERS: WeakKeyDictionary[Optimizer, list[Follower]] = WeakKeyDictionary()
 
 
-def follow(optimizer: Optimizer) -> None:
-    r"""Let entries that are renewed begin as with a fresh optimizer, if this one is an Adam or AdamW.
+class Follower:
+    r"""Lets entries that are renewed begin as with a fresh optimizer, if this one is an Adam or AdamW.
 
     Adam divides its averages by how much has come into them since they began at 0, :math:`1 - \beta^t`, with one count
     :math:`t` for the tensor. So each step of a younger entry is made up for, right after it: what Adam has taken off is
     given back, and what it would have taken off with the entry's own count is taken off. Nothing is copied, and the
-    form of the optimizer (fused, foreach) does not matter.
+    form of the optimizer (fused, foreach) does not matter. Of several followers of one optimizer the first does this.
     """
-    if type(optimizer) in (Adam, AdamW) and optimizer not in _FOLLOWED:
-        _FOLLOWED.add(optimizer)
-        optimizer.register_step_post_hook(_make_up)
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._handle: RemovableHandle | None = None
+        self._all: list[Follower] = []
+        if type(optimizer) in (Adam, AdamW):
+            self._all = _FOLLOWERS.setdefault(optimizer, [])
+            self._all.append(self)
+            self._handle = optimizer.register_step_post_hook(self._after_step)
+
+    def remove(self) -> None:
+        """Leaves the optimizer alone. Ages stay in its state, for whoever follows it next."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+            self._all.remove(self)
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._all[0] is self:
+            _make_up(optimizer)
 
 
 def count_ages(optimizer: Optimizer, parameter: Tensor) -> None:
     """Begin to count for a parameter, before entries of it are renewed: renewing sets their ages to 0."""
     state = optimizer.state.get(parameter, {})
-    if optimizer in _FOLLOWED and "step" in state and AGE not in state:
+    if _FOLLOWERS.get(optimizer) and "step" in state and AGE not in state:
         state[AGE] = torch.full_like(parameter, torch.inf, dtype=torch.promote_types(parameter.dtype, torch.float32))
 
 
 @torch.no_grad()
-def _make_up(optimizer: Optimizer, *_: Any) -> None:
+def _make_up(optimizer: Optimizer) -> None:
     found_inf = getattr(optimizer, "found_inf", None)
     if isinstance(found_inf, Tensor) and bool(found_inf.any()):
         return  # a fused optimizer under a gradient scaler skips inside its kernel

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer, Rprop
 
-from lightning_plasticity.editing.entry_ages import AGE, count_ages, follow
+from lightning_plasticity.editing.entry_ages import AGE, Follower, count_ages
 
 OptimizerState: TypeAlias = Literal["survivors", "reset", "keep"]
 OPTIMIZER_STATES: tuple[OptimizerState, ...] = get_args(OptimizerState)
@@ -71,10 +71,19 @@ class EntryState:
         self._lbfgs = [level for level in every if isinstance(level, LBFGS)]
         # Without any where state is kept: it is asked first, for some methods write all tensors at every step.
         self._optimizers = [] if mode == "keep" else every
-        for optimizer in self._optimizers if mode == "reset" else ():
-            follow(optimizer)
+        self._followers: list[Follower] = []
         self._mode = mode
         self._has_warned = False
+
+    def follow(self) -> None:
+        """Begin to look after entries whose state starts from 0, until :meth:`close`."""
+        self._followers = [Follower(optimizer) for optimizer in self._optimizers if self._mode == "reset"]
+
+    def close(self) -> None:
+        """Leave the optimizers alone."""
+        for follower in self._followers:
+            follower.remove()
+        self._followers = []
 
     def renew(self, parameter: Tensor, index: _Index, view: Callable[[Tensor], Tensor]) -> None:
         """Renew the entries at an index of what ``view`` makes of a tensor of the parameter's shape."""

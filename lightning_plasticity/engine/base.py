@@ -220,6 +220,8 @@ class PlasticityCallback(Callback, ABC):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if "editor" in vars(self):
+            self.editor.close()
 
     # ---- what methods use
 

@@ -175,3 +175,24 @@ def test_a_mean_that_is_not_finite_is_not_written() -> None:
         editor.write_masked(weight, mask, torch.tensor(0.0))
         assert second[0, 0] == 0
         assert not second.flatten()[1:].isfinite().any()
+
+
+def test_several_editors_look_after_an_entry_once_and_leave_no_hook():
+    """The first of them may leave: the next one goes on."""
+    ends = []
+    for count in (1, 3):
+        weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        optimizer = torch.optim.Adam([weight], lr=0.1)
+        editors = [Editor(nn.Identity(), [optimizer], "reset") for _ in range(count)]
+        for step in range(6):
+            weight.grad = torch.tensor([1.0, -0.5])
+            optimizer.step()
+            if step == 2:
+                editors[-1].write_masked(weight, torch.tensor([True, False]), torch.tensor(0.5))
+            elif step == 4 and count > 1:
+                editors[0].close()
+        ends.append(weight.detach().clone())
+        for editor in editors:
+            editor.close()
+        assert not optimizer._optimizer_step_post_hooks
+    assert torch.equal(*ends)
