@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.init import kaiming_uniform_
-from torch.nn.modules.conv import _ConvNd
 from typing_extensions import override
 
 from lightning_plasticity import checks
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.editing.initial import Init, InitialDistribution, check_init
 from lightning_plasticity.engine.unit_callback import UnitCallback
-from lightning_plasticity.engine.unit_sets import UnitSet, channels_of, weights_of_producers
+from lightning_plasticity.engine.unit_sets import Reader, UnitSet, view_of_layer, weights_of_producers
 from lightning_plasticity.functional.partial_reset import reset_shares
 from lightning_plasticity.functional.redo import gradient_scores
+from lightning_plasticity.names import submodule
 from lightning_plasticity.units.find import HiddenUnits
 
 
@@ -122,25 +122,27 @@ class PartialReset(UnitCallback):
                 self._mix(table.module, table.entries, share)
         for i, share in shares.items():
             for reader in self._population.sets[i].readers:
-                self._shrink(reader.layer, reader.weight, reader.table.entries, share)
+                self._shrink(reader, share)
             self._utilities[i].fill_(1.0)
 
     def _mix(self, module: str, rows: Tensor, shares: Tensor) -> None:
         """Mixes fresh values into these rows of a layer's weight."""
-        weight = self.model.get_submodule(module).weight
-        assert isinstance(weight, Tensor)
-        fresh = self._initial.draw(f"{module}.weight", self.draws.generator(weight.device))
-        of_rows = _spread(shares, rows, len(weight)).view(-1, *(1,) * (weight.ndim - 1))
-        [value] = self.editor.precise([weight])
-        self.editor.write([weight], [(value + of_rows * (fresh - value)).to(value.dtype)])
+        view = view_of_layer(submodule(self.model, module))
+        every_row = torch.arange(view.outputs)
+        fresh = self._initial.draw(f"{module}.weight", self.draws.generator(view.weight.device), every_row)
+        of_rows = _spread(shares, rows, view.outputs).view(-1, *(1,) * (view.weight.ndim - 1))
+        [value] = self.editor.precise([view.weight])
+        self.editor.write(
+            [view.weight], [(value + view.by_output(of_rows * (fresh - view.by_output(value)))).to(value.dtype)]
+        )
 
-    def _shrink(self, layer: torch.nn.Module, weight: Tensor, columns: Tensor, shares: Tensor) -> None:
+    def _shrink(self, reader: Reader, shares: Tensor) -> None:
         """Shrinks what a layer multiplies these inputs by."""
-        groups = layer.groups if isinstance(layer, _ConvNd) else 1
-        kept = 1 - _spread(shares, columns, channels_of(layer)).view(groups, 1, -1, *(1,) * (weight.ndim - 2))
-        [value] = self.editor.precise([weight])
-        by_group = torch.unflatten(value, 0, (groups, -1))
-        self.editor.write([weight], [(by_group * kept).to(value.dtype).view(weight.shape)])
+        view, columns = reader.view, reader.table.entries
+        kept = 1 - _spread(shares, columns, view.inputs).view(view.groups, 1, -1, *(1,) * (view.weight.ndim - 2))
+        [value] = self.editor.precise([view.weight])
+        by_group = torch.unflatten(view.by_output(value), 0, (view.groups, -1))
+        self.editor.write([view.weight], [view.by_output((by_group * kept).to(value.dtype).flatten(0, 1))])
 
     @override
     def _state_of_set(self, index: int) -> dict[str, Any]:

@@ -16,7 +16,16 @@ from lightning_plasticity import checks
 from lightning_plasticity.editing.initial import InitialDistribution
 from lightning_plasticity.engine.activations import Activations, sum_of_sizes
 from lightning_plasticity.engine.base import PlasticityCallback, few
-from lightning_plasticity.engine.unit_sets import Reader, Table, UnitSet, by_output, channels_of, check_units, renamed
+from lightning_plasticity.engine.unit_sets import (
+    Reader,
+    Table,
+    UnitSet,
+    by_output,
+    channels_of,
+    check_units,
+    renamed,
+    view_of_layer,
+)
 from lightning_plasticity.names import named_modules_as_written, submodule
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.find import Findings, HiddenUnits, explore
@@ -307,8 +316,10 @@ class Population:
         gradient = unit_set.weights[0].grad
         if gradient is None:
             return None
-        of_rows = gradient.flatten(1).abs().mean(1, dtype=self.dtype)
-        return of_rows[unit_set.producers[0].entries].mean(1)
+        main = unit_set.producers[0]
+        view = view_of_layer(submodule(self._callback.model, main.module))
+        of_rows = view.by_output(gradient).flatten(1).abs().mean(1, dtype=self.dtype)
+        return of_rows[main.entries].mean(1)
 
     def replace(
         self, chosen: Mapping[int, Tensor], initial: InitialDistribution, compensate: Mapping[int, Sequence[Tensor]]

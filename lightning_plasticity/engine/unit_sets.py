@@ -54,7 +54,7 @@ class Reader:
     @cached_property
     def view(self) -> LayerView:
         """Which of the weight's dimensions are outputs and inputs."""
-        return _view(self.layer)
+        return view_of_layer(self.layer)
 
     @property
     def groups(self) -> int:
@@ -95,21 +95,22 @@ class UnitSet:
 
 def channels_of(layer: nn.Module) -> int:
     """How many input channels a linear or convolution layer has."""
-    return _view(layer).inputs
+    return view_of_layer(layer).inputs
 
 
 def outputs_of(layer: nn.Module) -> int:
     """How many output channels a linear or convolution layer has."""
-    return _view(layer).outputs
+    return view_of_layer(layer).outputs
 
 
 def by_output(layer: nn.Module) -> Tensor:
     """A layer's weight with the outputs first, then the inputs (of a group)."""
-    view = _view(layer)
+    view = view_of_layer(layer)
     return view.by_output(view.weight.detach())
 
 
-def _view(layer: nn.Module) -> LayerView:
+def view_of_layer(layer: nn.Module) -> LayerView:
+    """How a linear or convolution layer holds its weight."""
     view = view_of(layer)
     assert view is not None
     return view

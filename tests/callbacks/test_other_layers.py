@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_plasticity import ActivationReset, ContinualBackprop, ReDo
+from lightning_plasticity import ActivationReset, ContinualBackprop, PartialReset, ReDo
 
 METHODS = {
     "ContinualBackprop": lambda: ContinualBackprop(0.05, maturity_threshold=3),
@@ -12,6 +12,8 @@ METHODS = {
     "ContinualBackprop by adaptation": lambda: ContinualBackprop(0.05, maturity_threshold=3, utility="adaptation"),
     "ActivationReset": lambda: ActivationReset("relu", maturity_threshold=3, max_weight=0.3),
     "ReDo": lambda: ReDo(0.5, every_n_train_steps=4),
+    "ReDo by gradient": lambda: ReDo(0.5, every_n_train_steps=4, score="gradient"),
+    "PartialReset": lambda: PartialReset(0.5, every_n_train_steps=4, init="empirical"),
 }
 
 
