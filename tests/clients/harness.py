@@ -38,6 +38,7 @@ CALLBACKS: dict[str, Config] = {
         "maturity_threshold": 1,
     },
     "ReDo": {"threshold": 1.0, "every_n_train_steps": 2},
+    "PartialReset": {"strength": 0.5, "every_n_train_steps": 2},
     "SelectiveReinit": {"fraction": 0.2, "reinit": "mean_noise"},
     "SoftWeightRescaling": {"coefficient": 0.1},
     "ShrinkAndPerturb": {"shrink": 0.8, "perturb": 0.2, "every_n_train_steps": 2},
@@ -59,7 +60,7 @@ CALLBACKS: dict[str, Config] = {
     },
 }
 MONITOR = "PlasticityMonitor"
-OF_UNITS = ("ContinualBackprop", "ActivationReset", "ReDo")
+OF_UNITS = ("ContinualBackprop", "ActivationReset", "ReDo", "PartialReset")
 
 
 def configs(*names: str) -> list[Config]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .harness import OF_UNITS, Client, Config, Refusal, Run, fit, instantiate
+from .harness import Client, Config, Refusal, Run, fit, instantiate
 
 WORDS, LENGTH = 32, 6
 
@@ -103,9 +103,7 @@ CLIENTS = [
         "GPT-2 of transformers, called by keywords",
         train_gpt2,
         ("model",),
-        without_units=("model",),
         refused={
-            **dict.fromkeys(OF_UNITS, Refusal("needs hidden units, but has none to work on", OF_CONV1D)),
             **dict.fromkeys(OF_LAYERS, Refusal("needs weights of linear, convolution or attention layers", OF_CONV1D)),
             "IsometryReinit": Refusal("needs weights of linear, attention or convolution layers", OF_CONV1D),
             "LayerReset": Refusal(
