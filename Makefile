@@ -1,12 +1,13 @@
-# Two commands for a fresh machine with Python and make:
+# Three commands for a fresh machine with Python and make:
 #   make demo     compare plain training with three methods on a stream of tasks
 #   make test     linter, format, types, tests
+#   make torture  1,000 random cases, or as many as TORTURE says, and a report in docs/torture.md
 # Each makes the environment .venv once and uses it again until pyproject.toml changes.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test torture clean
 
 demo: .venv/.installed
 	$(BIN)/python examples/demo.py
@@ -16,6 +17,9 @@ test: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n auto
+
+torture: .venv/.installed
+	$(BIN)/python tests/faults/torture.py
 
 # The stamp tells a finished environment from one whose installation was interrupted.
 .venv/.installed: pyproject.toml
