@@ -163,6 +163,7 @@ CALLBACKS: dict[str, dict[str, str]] = {
         "classifier_coefficient": "from 0 to 1?",
         "classifier": "words?",
         "tie_residual": "flag",
+        "biases": "choice",
         "rebase_on_lr_drop": "between 0 and 1?",
         "exclude": "words",
     },

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ from lightning_plasticity.units.calls import ForwardCall
 
 _LARGE = 0.01  # a change of the outputs, as a share of their size, that a step should not bring about by itself
 _FEW = 100  # factors and their products; far more are better worked out together
+
+
+Biases: TypeAlias = Literal["follow", "keep"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,13 @@ class SoftWeightRescaling(PlasticityCallback):
     Where weights are in half precision, what rounding takes away from the small changes is kept in float32, and saved
     in the checkpoint.
 
+    With ``biases="keep"`` and a coefficient of 1 this is the projection of NaP (normalize and project), which goes with
+    networks that have a normalisation layer before each activation function and no biases before those: there only the
+    directions of weights matter, and the learning rate no longer falls as norms grow, so that it needs a schedule. The
+    scales of normalisation layers are held at their initial norm and their shifts left alone; ``exclude`` their names
+    to leave both free. That the last layer counts is unconfirmed, and its norm sets how sure the network can be: it may
+    be excluded as well.
+
     The acronym, SWR, is also used for *selective weight reinitialisation*, see ``SelectiveReinit``.
 
     Args:
@@ -75,6 +85,7 @@ class SoftWeightRescaling(PlasticityCallback):
             the last linear layer that is called.
         tie_residual: give all layers that are added into one residual stream (or otherwise meet) a common growth. This
             makes residual networks of ReLU and normalisation layers exact.
+        biases: ``"follow"`` the factors of the layers up to them, so that decisions stay, or ``"keep"`` their values.
         rebase_on_lr_drop: where the learning rate falls to this fraction or less from one step to the next, the norms
             of that moment become those to be drawn to; None for never. Meant for schedules in steps: 0.5, for instance.
         module: the name of the module inside the model to work on; None for all of it.
@@ -93,7 +104,8 @@ class SoftWeightRescaling(PlasticityCallback):
         >>> abs(model[0].weight.norm().item() - before) < 1e-6
         True
 
-    Reference:
+    References:
+        Lyle et al., NeurIPS 2024, arXiv 2407.01800 (NaP).
         Oh, Park, Han, Kim 2025, arXiv 2507.04683. Its Algorithm 1 begins the product once, at the last normalisation
         layer; here it begins anew at each, as proportionality needs.
     """
@@ -105,6 +117,7 @@ class SoftWeightRescaling(PlasticityCallback):
         *,
         classifier: Sequence[str] | str | None = None,
         tie_residual: bool = False,
+        biases: Biases = "follow",
         rebase_on_lr_drop: float | None = None,
         module: str | None = None,
         exclude: Sequence[str] | str = (),
@@ -122,6 +135,7 @@ class SoftWeightRescaling(PlasticityCallback):
         )
         self.classifier = checks.optional(checks.words, "classifier", classifier)
         self.tie_residual = checks.flag("tie_residual", tie_residual)
+        self.biases: Biases = checks.choice("biases", biases, get_args(Biases))
         self.rebase_on_lr_drop = checks.optional(
             checks.number, "rebase_on_lr_drop", rebase_on_lr_drop, above=0, below=1
         )
@@ -135,7 +149,7 @@ class SoftWeightRescaling(PlasticityCallback):
 
     @override
     def hear_of(self, part: Part, call: ForwardCall | None) -> None:
-        if call is not None:
+        if call is not None and self.biases == "follow":
             self._report_change(call, part.found)
         self._flow = self._flow.then(part.found)
 
@@ -190,7 +204,8 @@ class SoftWeightRescaling(PlasticityCallback):
 
     @override
     def _grow(self) -> None:
-        rescaling = plan(self.model, self._flow, self._is_excluded, tie_streams=self.tie_residual)
+        keeps = self.biases == "keep"
+        rescaling = plan(self.model, self._flow, self._is_excluded, tie_streams=self.tie_residual, keep_biases=keeps)
         if not rescaling.weights:
             raise ValueError(
                 "SoftWeightRescaling needs layers with weights, and the forward pass calls none that is not excluded. "

@@ -54,7 +54,12 @@ class _Pair:
 
 
 def plan(
-    model: nn.Module, flow: Flow, is_excluded: Callable[[str], bool] = lambda name: False, *, tie_streams: bool
+    model: nn.Module,
+    flow: Flow,
+    is_excluded: Callable[[str], bool] = lambda name: False,
+    *,
+    tie_streams: bool,
+    keep_biases: bool = False,
 ) -> Rescaling:
     """Says for each weight, bias and running statistic of the called layers what it is to be multiplied by.
 
@@ -68,6 +73,7 @@ def plan(
         flow: the layers, and what reaches them.
         is_excluded: names of layers that stay as they are.
         tie_streams: give layers that meet common factors.
+        keep_biases: leave all biases as they are, so that outputs do not stay proportional.
 
     Raises:
         ValueError: if a bias would have to be multiplied by two things at once, or a frozen one by anything.
@@ -91,7 +97,7 @@ def plan(
             before = growth[layer.name]
             for pair in stage:
                 growth[layer.name] = before + one[column[id(pair.weight)]]
-                _add(targets, pair.bias_name, pair.bias, growth[layer.name])
+                _add(targets, pair.bias_name, None if keep_biases else pair.bias, growth[layer.name])
         if is_norm and not is_excluded(layer.name):
             norms.append((module, of_input))
             _add(targets, f"{layer.name}.running_mean", module._buffers.get("running_mean"), of_input)

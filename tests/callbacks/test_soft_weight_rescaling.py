@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from callbacks import streams
 from callbacks.layered import VGG, build, cnn, disturb, mlp, outputs, update, without_chance
 from callbacks.streams import INPUT, convolutional, train
 from lightning_plasticity import SoftWeightRescaling
@@ -800,3 +801,25 @@ def test_what_is_logged():
         "largest_norm_ratio": 2.0,
         "smallest_norm_ratio": 0.5,
     }
+
+
+@pytest.mark.parametrize("network", [streams.mlp, streams.convolutional])
+def test_biases_kept_is_the_projection_of_nap_over_300_steps(network):
+    model, twin = network(), network()
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.02) for net in (model, twin)]
+    shape = streams.INPUT[network]
+    method = SoftWeightRescaling(1.0, biases="keep")
+    method.attach(model, optimizers[0], example_inputs=(torch.randn(4, *shape, dtype=torch.float64),))
+    norms = {name: p.detach().norm().item() for name, p in twin.named_parameters() if name.endswith("weight")}
+
+    @torch.no_grad()
+    def reference() -> None:
+        for name, parameter in twin.named_parameters():
+            if name in norms:
+                parameter *= norms[name] / parameter.norm().item()
+
+    streams.train(model, optimizers[0], method.step, shape, 300)
+    streams.train(twin, optimizers[1], reference, shape, 300)
+    for (name, parameter), slow in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter, slow, rtol=1e-6, atol=1e-8)
+        assert name not in norms or parameter.detach().norm().item() == pytest.approx(norms[name])

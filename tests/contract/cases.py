@@ -68,6 +68,11 @@ CASES = [
         rate_zero=partial(SoftWeightRescaling, coefficient=0.0),
     ),
     Case(
+        "SoftWeightRescaling, biases kept",
+        partial(SoftWeightRescaling, coefficient=1.0, biases="keep"),
+        rate_zero=partial(SoftWeightRescaling, coefficient=0.0, biases="keep"),
+    ),
+    Case(
         "ShrinkAndPerturb",
         partial(ShrinkAndPerturb, shrink=0.8, perturb=0.2, every_n_train_steps=4),
         rate_zero=partial(ShrinkAndPerturb, shrink=1.0, perturb=0.0, every_n_train_steps=4, optimizer_state="keep"),
