@@ -4,7 +4,7 @@ Each function returns the value as a plain one of Python, so that NumPy's number
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from reprlib import Repr
 from typing import Any, TypeVar
@@ -201,3 +201,14 @@ def optional(check: Callable[..., T], name: str, value: Any, **bounds: Any) -> T
         >>> optional(count, "chunk_size", None, least=1)
     """
     return None if value is None else check(name, value, **bounds)
+
+
+def few(names: Sequence[str], most: int = 4) -> str:
+    """The first of some names, and how many more there are.
+
+    Example:
+        >>> few(["a", "b", "c"], most=2)
+        "'a', 'b' and 1 more"
+    """
+    shown = ", ".join(map(repr, names[:most]))
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -12,7 +12,7 @@ from typing_extensions import override
 from lightning_plasticity import checks
 from lightning_plasticity.distributed import sum_over_ranks, world_size
 from lightning_plasticity.editing.edits import OptimizerState
-from lightning_plasticity.engine.base import whole_and_rest
+from lightning_plasticity.engine.maturity import whole_and_rest
 from lightning_plasticity.engine.population import average_in
 from lightning_plasticity.engine.unit_callback import UnitCallback
 from lightning_plasticity.engine.unit_sets import UnitSet
@@ -108,13 +108,13 @@ class ActivationReset(UnitCallback):
     @override
     def _reset(self) -> None:
         self._strategies: list[ActivationStrategy] = []
-        self._earned: list[tuple[float, float]] = []  # resets of low and of high activations
+        self._earned: list[list[float]] = []  # resets of low and of high activations
         self.scaled_low = self.scaled_high = 0
 
     @override
     def _add_sets(self, sets: Sequence[UnitSet]) -> None:
         self._strategies = self._choose_strategies(self._population.sets)
-        self._earned += [(0.0, 0.0)] * len(sets)
+        self._earned += [[0.0, 0.0] for _ in sets]
         self._clamped: dict[tuple[int, ...], list[Tensor]] = {}
 
     def _choose_strategies(self, sets: Sequence[UnitSet]) -> list[ActivationStrategy]:
@@ -137,17 +137,18 @@ class ActivationReset(UnitCallback):
 
     @override
     def _earn(self, index: int, eligible: int) -> tuple[int, int] | None:
-        strategy = self._strategies[index]
-        earned_low, earned_high = self._earned[index]
-        low, earned_low = self._take(index, earned_low + strategy.low_rate * eligible)
-        high, earned_high = self._take(index, earned_high + strategy.high_rate * (eligible - low))
-        self._earned[index] = earned_low, earned_high
+        strategy, earned = self._strategies[index], self._earned[index]
+        low = high = 0
+        earned[0] += strategy.low_rate * eligible
+        if earned[0] >= 1:
+            low, earned[0] = self._take(index, earned[0])
+        earned[1] += strategy.high_rate * (eligible - low)
+        if earned[1] >= 1:
+            high, earned[1] = self._take(index, earned[1])
         return (low, high) if low or high else None
 
     def _take(self, index: int, earned: float) -> tuple[int, float]:
         """How many resets of a set are due, and what it has earned besides."""
-        if earned < 1:
-            return 0, earned
         count, rest = whole_and_rest(earned)
         count = min(count, self._maturity.eligible(index))
         self._maturity.replaced(index, count)
@@ -195,8 +196,7 @@ class ActivationReset(UnitCallback):
 
     @override
     def _restore_set(self, index: int, state: dict[str, Any]) -> None:
-        low, high = state["earned"]
-        self._earned[index] = low, high
+        self._earned[index] = list(state["earned"])
 
     @override
     def _state_of_all(self) -> dict[str, Any]:

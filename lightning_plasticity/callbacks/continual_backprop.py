@@ -13,7 +13,7 @@ from lightning_plasticity import checks
 from lightning_plasticity.distributed import sum_over_ranks, world_size
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.editing.initial import Init, InitialDistribution, check_init
-from lightning_plasticity.engine.base import whole_and_rest
+from lightning_plasticity.engine.maturity import whole_and_rest
 from lightning_plasticity.engine.population import average_in
 from lightning_plasticity.engine.unit_callback import UnitCallback
 from lightning_plasticity.engine.unit_sets import Reader, UnitSet, weights_of_producers

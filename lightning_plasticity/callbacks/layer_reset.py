@@ -14,7 +14,6 @@ from lightning_plasticity import checks
 from lightning_plasticity.editing.editable import check_editable
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.editing.initial import Init, InitialDistribution, check_init
-from lightning_plasticity.engine.base import few
 from lightning_plasticity.engine.examination import Part
 from lightning_plasticity.engine.schedule import Schedule, ScheduledCallback
 from lightning_plasticity.layers.flow import flow_in
@@ -104,13 +103,14 @@ class LayerReset(ScheduledCallback):
     def _grow(self) -> None:
         warnings.warn(
             "LayerReset counts the last layers among those that were called before the first step, and resets "
-            f"{few(self._chosen)}. Training calls others only now. If these are meant, name them with layers=.",
+            f"{checks.few(self._chosen)}. Training calls others only now. If these are meant, name them with layers=.",
             stacklevel=2,
         )
 
     @override
     def _works_on(self) -> str:
-        return f"{few(self._chosen)}, with {len(self._names)} parameters and {len(self._norms)} normalisation layers."
+        parts = f"{len(self._names)} parameters and {len(self._norms)} normalisation layers"
+        return f"{checks.few(self._chosen)}, with {parts}."
 
     @override
     def _stop(self) -> None:

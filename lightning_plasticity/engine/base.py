@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
 import zlib
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,12 +25,16 @@ from lightning_plasticity.editing.edits import Editor, OptimizerState
 from lightning_plasticity.editing.optimizer_state import OPTIMIZER_STATES
 from lightning_plasticity.engine.examination import Examination, Part, Question
 from lightning_plasticity.engine.forward import forget_compiled_code
+from lightning_plasticity.engine.method import Method
 from lightning_plasticity.engine.state import VERSION, check_state
+from lightning_plasticity.engine.steps import OptimizerSteps, unwrapped
 from lightning_plasticity.names import original
-from lightning_plasticity.units.calls import ForwardCall
+from lightning_plasticity.units.calls import ForwardCall, arguments_of
+
+_MANY_CALLS = 100  # of `step` without a step of an optimizer: more than a gradient scaler skips in a row
 
 
-class PlasticityCallback(Callback, ABC):
+class PlasticityCallback(Method, Callback, ABC):
     """Base of all methods.
 
     In a Trainer it is a callback like any other. In a plain PyTorch or Fabric loop::
@@ -81,67 +84,14 @@ class PlasticityCallback(Callback, ABC):
         self._handles: list[RemovableHandle] = []
         self._examination: Examination | None = None
         self._parts = 0  # how many parts the method has begun to work on
+        self._steps_seen: OptimizerSteps | None = None
         self._stepped: list[Optimizer] = []
+        self._calls_without_step = 0  # of `step`, in a row
         self._left_alone: set[str] = set()  # what has been said of
         self._ready = False  # from `_start` to `detach`
         self._is_interrupted = False  # an exception has ended the fit, and what is remembered may still be saved
         self._saved: dict[str, Any] | None = None  # state that waits to be restored
         self._saved_of: weakref.ref[nn.Module] | None = None  # the model that it is of; None for a checkpoint's
-
-    # ---- what a method defines
-
-    @abstractmethod
-    def _start(self) -> None:
-        """Prepares the method's state: the model has its initial weights (or, on resume, those of the checkpoint).
-
-        Methods with a question are called once a part of the model has been examined, before the first step.
-        """
-
-    @abstractmethod
-    def _after_step(self, optimizer: Optimizer | None) -> None:
-        """Acts after one real step of ``optimizer`` (None in a loop that has none).
-
-        Where there are several optimizers it had better write only to what this one trains: the backward pass of a loss
-        of the others may be still to come.
-        """
-
-    def hear_of(self, part: Part, call: ForwardCall | None) -> None:
-        """Learns of a part of the model that training calls for the first time, before the call goes on.
-
-        Hooks that are set here hear that call already: before ``_start`` or ``_grow`` and ``_restore``, which must not
-        lose it. Without a ``call`` the part was called before, or on another rank.
-        """
-
-    def forget_parts(self) -> None:
-        """Forgets what ``hear_of`` told and removes the hooks that were set there: all of it will be told anew."""
-
-    @abstractmethod
-    def _works_on(self) -> str:
-        """What the method works on, in a few words, for the line that is logged when it starts."""
-
-    def _skipped(self) -> None:
-        """Forgets what was heard since the last step: no step follows it."""
-
-    def _grow(self) -> None:
-        """Begins to work on the parts that were called for the first time since ``_start`` or the last ``_grow``."""
-
-    def _state(self) -> dict[str, Any]:
-        """All that the method must remember, besides its settings, equal on every rank: all ranks call it together.
-
-        It changes nothing, so that a run goes on alike whether it was saved or not. What differs from rank to rank goes
-        through ``gather_over_ranks``.
-        """
-        return {}
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        """Takes back what ``_state`` gave; called after ``_start``."""
-
-    def _stop(self) -> None:
-        """Lets go of the model. The hooks given to ``keep`` are gone; ``hear_of`` and ``_start`` may follow again."""
-
-    def _numbers(self) -> dict[str, Tensor | float]:
-        """What to log, by name; read at the Trainer's logging interval only."""
-        return {}
 
     # ---- a plain loop
 
@@ -159,7 +109,7 @@ class PlasticityCallback(Callback, ABC):
             example_inputs: what the model is called with: ``(x,)`` for ``model(x)``, a dict for keywords, or a pair of
                 both, ``((x,), {"mask": mask})``. Without it, the first training call of each part serves as example.
         """
-        example = None if example_inputs is None else _arguments(example_inputs)
+        example = None if example_inputs is None else arguments_of(example_inputs)
         if self._model is not None:
             raise RuntimeError(f"{type(self).__name__} is attached to a model already. Call detach() first.")
         optimizers = (
@@ -184,6 +134,8 @@ class PlasticityCallback(Callback, ABC):
             raise RuntimeError(f"{type(self).__name__}.step() needs a model. Call attach(model, optimizer) first.")
         stepped: list[Optimizer | None] = list(self._stepped) if self.optimizers else [None]
         self._stepped.clear()
+        if self._trainer is None:
+            self._check_steps(bool(stepped))
         if not stepped:
             self._skipped()  # a gradient scaler has found gradients that are not finite
         for optimizer in stepped:
@@ -194,6 +146,21 @@ class PlasticityCallback(Callback, ABC):
             self.optimizer_steps += 1
             with torch.no_grad():
                 self._after_step(optimizer)
+
+    def _check_steps(self, has_stepped: bool) -> None:
+        """In a plain loop: whether the optimizers and parameters that were attached are still those that train."""
+        if self._steps_seen is not None and self._steps_seen.misses_parameters:
+            raise RuntimeError(
+                f"{type(self).__name__} needs the parameters that it was attached to, but the optimizer trains others, "
+                "which the model has got since. Call detach() and attach(model, optimizer) again."
+            )
+        self._calls_without_step = 0 if has_stepped else self._calls_without_step + 1
+        if self._calls_without_step == _MANY_CALLS:
+            warnings.warn(
+                f"{type(self).__name__}.step() was called {_MANY_CALLS} times in a row, and none of its optimizers has "
+                "made a step in between. If another optimizer trains the model now, call detach() and attach() again.",
+                stacklevel=3,
+            )
 
     def detach(self) -> None:
         """Removes all hooks. What the method remembers stays, and goes on when it is attached to the same model again.
@@ -222,6 +189,8 @@ class PlasticityCallback(Callback, ABC):
         self._handles = []
         if "editor" in vars(self):
             self.editor.close()
+        if self._steps_seen is not None:
+            self._steps_seen.remove()
 
     # ---- what methods use
 
@@ -285,17 +254,16 @@ class PlasticityCallback(Callback, ABC):
         if self._saved_of is not None and self._saved_of() is not model:
             self._saved = self._saved_of = None  # what was learnt of another model does not apply
             self.optimizer_steps = 0
-        self.optimizers = [_torch_optimizer(optimizer) for optimizer in optimizers]
-        self._parameters = {id(parameter) for parameter in self._scope.parameters()}
+        self.optimizers = [unwrapped(optimizer) for optimizer in optimizers]
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         # With the same seed, different methods, and the same on different modules, draw different numbers.
         seed = agree_on_seed(self.seed, device) ^ zlib.crc32(self.state_key.encode())
         self.draws = EqualDraws(seed)
         self.editor = Editor(model, self.optimizers, self.optimizer_state)
         self._stepped.clear()
-        for optimizer in self.optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(optimizer.register_step_post_hook(self._count_step))
+        self._steps_seen = OptimizerSteps(
+            self.optimizers, self.scope, self._waits_for_parts, self._take_parts, self._note_step
+        )
         if self.question is None:
             self._begin()
         else:
@@ -330,24 +298,8 @@ class PlasticityCallback(Callback, ABC):
         waiting = [] if self._examination is None else self._examination.waiting()
         rank_zero_info(
             f"{type(self).__name__} works on {self._works_on()}"
-            + (f" Not called yet, and taken in when training calls it: {few(waiting)}." if waiting else "")
+            + (f" Not called yet, and taken in when training calls it: {checks.few(waiting)}." if waiting else "")
         )
-
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """Runs when ``optimizer.step()`` begins: the last moment at which the weights are the initial ones."""
-        if self._examination is None or (self._ready and self._examination.is_over(self._parts)):
-            return None
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._take_parts()
-            return None
-
-        def first_closure(*given: Any) -> Any:
-            result = closure(*given)
-            self._take_parts()  # the forward pass was in the closure
-            return result
-
-        return args[:1], {**kwargs, "closure": first_closure}
 
     @torch.no_grad()
     def _take_parts(self) -> None:
@@ -363,19 +315,13 @@ class PlasticityCallback(Callback, ABC):
             else:
                 self._begin()
 
-    def _count_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Runs inside ``optimizer.step()``, after the update."""
-        found_inf = getattr(optimizer, "found_inf", None)
-        if isinstance(found_inf, Tensor) and bool(found_inf.any()):
-            return  # a fused optimizer under a gradient scaler skips inside its kernel
-        if any(
-            p.grad is not None and id(p) in self._parameters
-            for group in optimizer.param_groups
-            for p in group["params"]
-        ):
-            self._stepped.append(optimizer)
-            if self._trainer is not None:
-                self.step()
+    def _waits_for_parts(self) -> bool:
+        return self._examination is not None and not (self._ready and self._examination.is_over(self._parts))
+
+    def _note_step(self, optimizer: Optimizer) -> None:
+        self._stepped.append(optimizer)
+        if self._trainer is not None:
+            self.step()
 
     def _nothing_seen(self) -> Exception:
         """The error for a step before which no part of the model could be examined."""
@@ -411,6 +357,25 @@ class PlasticityCallback(Callback, ABC):
         self._trainer = trainer
         self._attach(pl_module, trainer.optimizers)
         self._steps_before = self.optimizer_steps
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        seen = self._steps_seen
+        if seen is not None and (seen.misses_parameters or unwrapped(optimizer) not in seen.optimizers):
+            rank_zero_info(f"{type(self).__name__} follows the optimizers and parameters that training has now.")
+            self._follow(trainer, pl_module)
+
+    def _follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Goes on with other optimizers or parameters of the same model, as if they had always been there."""
+        examination, stands_in = self._examination, _StandsIn()
+        if examination is not None:
+            examination.join(stands_in)  # what is known of the model stays
+        self.detach()
+        self._trainer = trainer
+        self._attach(pl_module, trainer.optimizers)
+        if examination is not None:
+            examination.leave(stands_in)
+        self._take_parts()
 
     @override
     def on_train_batch_end(
@@ -505,41 +470,11 @@ class PlasticityCallback(Callback, ABC):
         return {**vars(self), "_saved_of": None}
 
 
-def _arguments(example_inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """The arguments and keyword arguments that an example is of."""
-    if isinstance(example_inputs, Mapping):
-        return (), example_inputs
-    if not isinstance(example_inputs, (tuple, list)):
-        raise ValueError(
-            "example_inputs must be a tuple of the model's inputs, a dict of its keyword inputs, or a pair of both, "
-            f"got {type(example_inputs).__name__}. Write example_inputs=(x,)."
-        )
-    match example_inputs:
-        case (tuple() as args, dict() as kwargs):
-            return args, kwargs
-    return example_inputs, {}
+class _StandsIn:
+    """Holds an examination while the method itself lets go of it."""
 
+    def hear_of(self, part: Part, call: ForwardCall | None) -> None:
+        """Has no use for it."""
 
-def _torch_optimizer(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside Lightning's and Fabric's wrappers."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if not isinstance(inner, Optimizer):
-        raise ValueError(f"A torch.optim.Optimizer is required, got {type(optimizer).__name__}.")
-    return inner
-
-
-def few(names: Sequence[str], most: int = 4) -> str:
-    """The first of some names, and how many more there are.
-
-    Example:
-        >>> few(["a", "b", "c"], most=2)
-        "'a', 'b' and 1 more"
-    """
-    shown = ", ".join(map(repr, names[:most]))
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def whole_and_rest(count: float) -> tuple[int, float]:
-    """Splits a fractional count into what is due now and what stays for later."""
-    due = math.floor(count)
-    return due, count - due
+    def forget_parts(self) -> None:
+        """Has nothing to forget."""

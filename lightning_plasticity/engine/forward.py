@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from contextlib import ExitStack
 
 import torch
@@ -16,13 +17,19 @@ def run_eagerly(reason: object) -> None:
     """Runs compiled models uncompiled, in all of the process, until this reason (and every other one) is gone."""
     if not _reasons_to_run_eagerly:
         _eager.enter_context(torch.compiler.set_stance("force_eager"))
-    _reasons_to_run_eagerly.add(id(reason))
+    if id(reason) not in _reasons_to_run_eagerly:
+        _reasons_to_run_eagerly.add(id(reason))
+        weakref.finalize(reason, _forget_reason, id(reason))  # whoever is gone without a word has none any more
 
 
 def allow_compiled_code(reason: object) -> None:
     """Takes a reason to run uncompiled back, if it was given."""
-    if id(reason) in _reasons_to_run_eagerly:
-        _reasons_to_run_eagerly.remove(id(reason))
+    _forget_reason(id(reason))
+
+
+def _forget_reason(number: int) -> None:
+    if number in _reasons_to_run_eagerly:
+        _reasons_to_run_eagerly.remove(number)
         if not _reasons_to_run_eagerly:
             _eager.close()
 

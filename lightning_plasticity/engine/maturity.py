@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,12 @@ import torch
 from torch import Tensor
 
 from lightning_plasticity import checks
+
+
+def whole_and_rest(count: float) -> tuple[int, float]:
+    """Splits a fractional count into what is due now and what stays for later."""
+    due = math.floor(count)
+    return due, count - due
 
 
 class Maturity:

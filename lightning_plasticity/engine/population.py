@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_plasticity import checks
 from lightning_plasticity.editing.initial import InitialDistribution
 from lightning_plasticity.engine.activations import Activations, sum_of_sizes
-from lightning_plasticity.engine.base import PlasticityCallback, few
+from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.engine.unit_sets import (
     Reader,
     Table,
@@ -107,8 +107,8 @@ class Population:
             )
         rank_zero_warn(
             f"{name} has nothing to do yet, for of the layers that are trained none has hidden units to work on. "
-            f"Frozen, or in no optimizer: {few(waiting or [unit_set.name for unit_set in self.sets])}. It begins with "
-            "those that are unfrozen and handed to an optimizer while training goes on."
+            f"Frozen, or in no optimizer: {checks.few(waiting or [unit_set.name for unit_set in self.sets])}. "
+            "It begins with those that are unfrozen and handed to an optimizer while training goes on."
         )
 
     def _layers(self) -> dict[str, nn.Module]:
@@ -129,7 +129,7 @@ class Population:
         others = [name for name in self._layers() if name not in made]
         words = f"{self.size:,} units of {len(made)} layers (of {len(made) + len(others)})."
         if others:
-            words += f" Left out: {few(others)}; find_units(model, example, explain=True) says why."
+            words += f" Left out: {checks.few(others)}; find_units(model, example, explain=True) says why."
         return words
 
     def _add(self, found: Iterable[HiddenUnits]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -50,3 +50,18 @@ def _first_example(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_first_example(item) for item in value)
     return value
+
+
+def arguments_of(example_inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """The arguments and keyword arguments that an example is of."""
+    if isinstance(example_inputs, Mapping):
+        return (), example_inputs
+    if not isinstance(example_inputs, (tuple, list)):
+        raise ValueError(
+            "example_inputs must be a tuple of the model's inputs, a dict of its keyword inputs, or a pair of both, "
+            f"got {type(example_inputs).__name__}. Write example_inputs=(x,)."
+        )
+    match example_inputs:
+        case (tuple() as args, dict() as kwargs):
+            return args, kwargs
+    return example_inputs, {}

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from typing_extensions import override
 
-from lightning_plasticity.engine.base import PlasticityCallback, whole_and_rest
+from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.engine.examination import Part
 from lightning_plasticity.engine.forward import is_redirected
+from lightning_plasticity.engine.maturity import whole_and_rest
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.examining import undisturbed
 
@@ -527,3 +528,57 @@ def test_lightning_wrappers_of_an_optimizer() -> None:
     method, model, optimizer = attached()
     method.attach(model, SimpleNamespace(optimizer=optimizer), EXAMPLE)
     assert method.optimizers == [optimizer]
+
+
+# ---- optimizers and parameters that are replaced while training goes on
+
+
+class ReplacesOptimizer(LightningNetwork):
+    """Gives the Trainer a new optimizer before the fourth batch."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 3:
+            self.trainer.optimizers = [adam(self.parameters())]
+
+
+class ReplacesParameters(LightningNetwork):
+    """Gives a layer new parameters, and the optimizer with it, before the fourth batch."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 3:
+            for layer in (self.net.first, self.net.norm, self.net.second, self.net.head):
+                layer.weight, layer.bias = (nn.Parameter(p.detach().clone()) for p in (layer.weight, layer.bias))
+            self.trainer.optimizers = [adam(self.parameters())]
+
+
+@pytest.mark.parametrize("module", [ReplacesOptimizer, ReplacesParameters])
+def test_a_replaced_optimizer_is_followed_in_a_trainer(module: type) -> None:
+    method = NoisyUnits(1)
+    run = trainer(method, max_epochs=1)
+    model = seeded(module)
+    run.fit(model)
+    assert method.optimizer_steps == BATCHES
+    assert method.replaced == 2 * BATCHES  # of two sets
+    assert hooks(model) == 0
+
+
+def test_a_replaced_optimizer_is_said_in_a_plain_loop() -> None:
+    method, model, optimizer = attached()
+    method.attach(model, optimizer, EXAMPLE)
+    model(*EXAMPLE).sum().backward()
+    for _ in range(99):
+        method.step()  # that another optimizer steps in between is not seen
+    with pytest.warns(UserWarning, match=r"none of its optimizers has made a step .* call detach\(\) and attach\(\)"):
+        method.step()
+
+
+def test_replaced_parameters_are_said_in_a_plain_loop() -> None:
+    method, model, optimizer = attached()
+    method.attach(model, optimizer, EXAMPLE)
+    for layer in (model.net.first, model.net.norm, model.net.second, model.net.head):
+        layer.weight, layer.bias = (nn.Parameter(p.detach().clone()) for p in (layer.weight, layer.bias))
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    model(*EXAMPLE).sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="the optimizer trains others, which the model has got since"):
+        method.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Callable
@@ -122,6 +123,7 @@ def test_a_frozen_part_waits_until_it_is_trained() -> None:
 
 
 def test_compiled_code_waits_for_the_first_step_and_then_runs() -> None:
+    gc.collect()  # what other tests have left attached
     model = Parts()
     compiled: list[Any] = []
 
