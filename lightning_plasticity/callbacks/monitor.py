@@ -24,6 +24,7 @@ from lightning_plasticity.engine.examination import Examination
 from lightning_plasticity.engine.forward import in_backward
 from lightning_plasticity.engine.population import units_in
 from lightning_plasticity.engine.schedule import Schedule
+from lightning_plasticity.engine.settings import ShowsSettings
 from lightning_plasticity.metrics.base import ReferencedMetric
 from lightning_plasticity.monitoring.features import FeatureReader, call_with, inputs_and_targets_of, inputs_of
 from lightning_plasticity.monitoring.measures import Measures, mean_and_layers, named
@@ -33,7 +34,7 @@ from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.examining import is_examining, undisturbed
 
 
-class PlasticityMonitor(Callback):
+class PlasticityMonitor(ShowsSettings, Callback):
     """Measures plasticity while a Trainer trains, and logs it to all of the Trainer's loggers.
 
     Each metric is logged as ``plasticity/<measure>``. One that measures features is cloned for each hidden layer, and

@@ -26,6 +26,7 @@ from lightning_plasticity.editing.optimizer_state import OPTIMIZER_STATES
 from lightning_plasticity.engine.examination import Examination, Part, Question
 from lightning_plasticity.engine.forward import forget_compiled_code
 from lightning_plasticity.engine.method import Method
+from lightning_plasticity.engine.settings import ShowsSettings
 from lightning_plasticity.engine.state import VERSION, check_state
 from lightning_plasticity.engine.steps import OptimizerSteps, unwrapped
 from lightning_plasticity.names import original
@@ -34,7 +35,7 @@ from lightning_plasticity.units.calls import ForwardCall, arguments_of
 _MANY_CALLS = 100  # of `step` without a step of an optimizer: more than a gradient scaler skips in a row
 
 
-class PlasticityCallback(Method, Callback, ABC):
+class PlasticityCallback(ShowsSettings, Method, Callback, ABC):
     """Base of all methods.
 
     In a Trainer it is a callback like any other. In a plain PyTorch or Fabric loop::
