@@ -237,6 +237,10 @@ class PlasticityCallback(ShowsSettings, Method, Callback, ABC):
                 stacklevel=2,
             )
 
+    def not_called(self) -> list[str]:
+        """The names of trained layers that training has not called yet."""
+        return [] if self._examination is None else self._examination.waiting()
+
     def optimizer_of(self, parameter: Tensor) -> Optimizer | None:
         """The optimizer that owns a parameter, found by identity."""
         for optimizer in self.optimizers:
@@ -296,7 +300,7 @@ class PlasticityCallback(ShowsSettings, Method, Callback, ABC):
         self._announce()
 
     def _announce(self) -> None:
-        waiting = [] if self._examination is None else self._examination.waiting()
+        waiting = self.not_called()
         rank_zero_info(
             f"{type(self).__name__} works on {self._works_on()}"
             + (f" Not called yet, and taken in when training calls it: {checks.few(waiting)}." if waiting else "")

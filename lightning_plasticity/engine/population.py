@@ -123,13 +123,14 @@ class Population:
         trained = [p for p in module.parameters(recurse=False) if p.requires_grad]
         return any(not self._callback.optimizers or self._callback.optimizer_of(p) is not None for p in trained)
 
-    def in_words(self) -> str:
+    def in_words(self, not_called: Sequence[str]) -> str:
         """How many units of how many layers there are, and which layers have none."""
         made = {table.module for unit_set in self.sets for table in unit_set.producers}
         others = [name for name in self._layers() if name not in made]
         words = f"{self.size:,} units of {len(made)} layers (of {len(made) + len(others)})."
-        if others:
-            words += f" Left out: {checks.few(others)}; find_units(model, example, explain=True) says why."
+        left_out = [name for name in others if name not in not_called]
+        if left_out:
+            words += f" Left out: {checks.few(left_out)}; find_units(model, example, explain=True) says why."
         return words
 
     def _add(self, found: Iterable[HiddenUnits]) -> None:

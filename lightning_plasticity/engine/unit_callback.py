@@ -182,7 +182,7 @@ class UnitCallback(PlasticityCallback):
 
     @override
     def _works_on(self) -> str:
-        return self._population.in_words()
+        return self._population.in_words(self.not_called())
 
     # ---- checkpoints
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -144,6 +145,25 @@ def test_compiled_code_waits_for_the_first_step_and_then_runs() -> None:
     torch.compiler.reset()
     model(X)
     assert len(compiled) == 1
+
+
+def test_a_line_says_what_is_worked_on_and_what_waits(caplog: pytest.LogCaptureFixture) -> None:
+    model = Parts()
+    with caplog.at_level(logging.INFO):
+        method = ContinualBackprop(0.1, 2).attach(model, torch.optim.SGD(model.parameters(), lr=0.1), (X,))
+        model(X).sum().backward()
+        model.second(X).sum().backward()
+        method.optimizers[0].step()
+    method.detach()
+    first, then = (record.getMessage() for record in caplog.records if "works on" in record.getMessage())
+    assert first == (
+        "ContinualBackprop works on 24 units of 2 layers (of 6). Left out: 'first.head'; find_units(model, example, "
+        "explain=True) says why. Not called yet, and taken in when training calls it: 'second.first', 'second.second', "
+        "'second.head'."
+    )
+    assert then.startswith(
+        "ContinualBackprop works on 48 units of 4 layers (of 6). Left out: 'first.head', 'second.head';"
+    )
 
 
 # ---- ranks that see other parts, or see them in another order
