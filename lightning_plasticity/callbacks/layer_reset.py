@@ -45,6 +45,7 @@ class LayerReset(ScheduledCallback):
         seed: of the draws, which are equal on every rank; None takes rank 0's current seed.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> before = [parameter.detach().clone() for parameter in model.parameters()]
         >>> method = LayerReset("2", on_fit_start=True).attach(model)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from typing_extensions import Self, override
 
 from lightning_plasticity import checks
+from lightning_plasticity.editing.editable import is_finite
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.editing.initial import InitialDistribution
 from lightning_plasticity.engine.gradient_utility import GradientUtility
@@ -341,7 +342,7 @@ class SelectiveReinit(ScheduledCallback):
 
     def _renew(self, name: str, weight: Tensor) -> int:
         utility = self._utility(name, weight)
-        if not (weight.isfinite().all() and utility.isfinite().all()):
+        if not (is_finite(weight) and is_finite(utility)):
             self.leave_alone(name, "its weights or their gradients")
             return 0
         mask = self._choose(utility)

@@ -83,10 +83,21 @@ def check_editable(target: nn.Module | nn.Parameter, name: str) -> None:
         check_norm(target, name)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no entry of a tensor is NaN or infinite, told without temporaries of its size.
+
+    Example:
+        >>> import torch
+        >>> is_finite(torch.tensor([1.0, 2.0])), is_finite(torch.tensor([1.0, torch.nan, -torch.inf]))
+        (True, False)
+    """
+    return tensor.numel() == 0 or all(bool(end.isfinite()) for end in tensor.detach().aminmax())  # NaN is in both
+
+
 def check_finite(parameters: Mapping[str, Tensor], needs: str) -> None:
     """Raise if a tensor has an entry that is not finite; ``needs`` begins the error."""
     for name, parameter in parameters.items():
-        if not parameter.isfinite().all():
+        if not is_finite(parameter):
             raise ValueError(
                 f"{needs} weights that are finite when it starts, but {name} has NaN or infinity. Go back to a "
                 "checkpoint from before that, or leave it out."

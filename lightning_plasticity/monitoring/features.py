@@ -166,6 +166,7 @@ def by_unit(inputs: Tensor, entries: Tensor, dim: int) -> Tensor:
         dim: the dimension of the channels, counted from the end.
 
     Example:
+        >>> import torch
         >>> by_unit(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[0, 1], [2, 3]]), -1)
         tensor([[[1., 3.],
                  [2., 4.]]])
