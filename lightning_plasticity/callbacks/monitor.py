@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
@@ -18,20 +17,14 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_plasticity import checks
-from lightning_plasticity.distributed import sum_over_ranks
 from lightning_plasticity.editing.editable import check_whole
-from lightning_plasticity.engine.examination import Examination
-from lightning_plasticity.engine.forward import in_backward
-from lightning_plasticity.engine.population import units_in
 from lightning_plasticity.engine.schedule import Schedule
 from lightning_plasticity.engine.settings import ShowsSettings
-from lightning_plasticity.metrics.base import ReferencedMetric
-from lightning_plasticity.monitoring.features import FeatureReader, call_with, inputs_and_targets_of, inputs_of
+from lightning_plasticity.monitoring.features import inputs_and_targets_of
 from lightning_plasticity.monitoring.measures import Measures, mean_and_layers, named
 from lightning_plasticity.monitoring.pictures import Record, picture, send_figure, send_numbers
+from lightning_plasticity.monitoring.session import Session
 from lightning_plasticity.names import named_modules_as_written, original
-from lightning_plasticity.units.calls import ForwardCall
-from lightning_plasticity.units.examining import is_examining, undisturbed
 
 
 class PlasticityMonitor(ShowsSettings, Callback):
@@ -107,14 +100,10 @@ class PlasticityMonitor(ShowsSettings, Callback):
             )
         if probe_batch is not None and self._measures.has("batch"):
             inputs_and_targets_of(probe_batch)
+        self._session: Session | None = None  # of the fit that is going on
         self._due = False  # whether the batch at hand belongs to a measurement
-        self._batch: Any = None  # for metrics that need inputs
-        self._scope: nn.Module | None = None
         self._measured: weakref.ref[nn.Module] | None = None  # the model of the last fit
         self._resumes = False  # from a checkpoint
-        self._reader: FeatureReader | None = None
-        self._examination: Examination | None = None
-        self._probe: ForwardCall | None = None
         # Lightning asks for it around each of its calls.
         self._state_key = self._generate_state_key(
             metrics=sorted(self._measures.prototypes),
@@ -165,25 +154,13 @@ class PlasticityMonitor(ShowsSettings, Callback):
             now = _step(trainer)
             self.history = {name: [r for r in records if r[0] < now] for name, records in self.history.items()}
         self._resumes = False
-        self._scope = self._find_scope(model)
         self._measures.device = pl_module.device
-        for metric in [*self._measures.of("model"), *self._measures.of("step")]:
-            if isinstance(metric, ReferencedMetric) and metric._reference is None:
-                metric.update(self._scope)
-                metric.reset()  # keeps the reference
-        if self.probe_batch is not None:
+        batch = self.probe_batch
+        if batch is not None:
             # as the Trainer does with a training batch
-            self._batch = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(self.probe_batch))
-            prefix = "" if self.module is None else f"{self.module}."
-            self._probe = call_with(original(self._scope), prefix, self._batch)
-        if self._measures.has("features"):
-            scope = (model, self._scope, self.module or "")
-            self._reader = FeatureReader(*scope, self.layers, self._hears, self._receive)
-            if self._probe is None:
-                self._examination = Examination.of(*scope, units_in)
-                self._examination.join(self._reader)
-            else:
-                self._examine_probe(self._reader, self._probe)
+            batch = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
+        scope = self._find_scope(model)
+        self._session = Session(self._measures, model, scope, self.module or "", self.layers, batch)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -194,12 +171,9 @@ class PlasticityMonitor(ShowsSettings, Callback):
         self._let_go()
 
     def _let_go(self) -> None:
-        if self._reader is not None:
-            self._reader.stop()
-        if self._examination is not None and self._reader is not None:
-            self._examination.leave(self._reader)
-        self._due = False
-        self._scope = self._reader = self._examination = self._probe = self._batch = None
+        if self._session is not None:
+            self._session.close()
+        self._session, self._due = None, False
 
     def _find_scope(self, model: nn.Module) -> nn.Module:
         check_whole(model, "PlasticityMonitor needs")
@@ -211,28 +185,7 @@ class PlasticityMonitor(ShowsSettings, Callback):
             )
         return modules[self.module or ""]
 
-    def _examine_probe(self, reader: FeatureReader, probe: ForwardCall) -> None:
-        try:
-            reader.add(units_in(probe), self.module or "")
-        except (NotImplementedError, ValueError) as error:
-            raise ValueError(
-                f"{type(probe.module).__name__} cannot be called with probe_batch. Give what its forward takes, or "
-                f"name the part of it that has a forward with module=. {error}"
-            ) from error
-
-    # ---- reading
-
-    def _hears(self) -> bool:
-        """Whether a layer that is called while the reader listens is to be read."""
-        if self._probe is not None:
-            return True
-        is_training = self._scope is not None and self._scope.training
-        return self._due and is_training and not in_backward() and not is_examining()
-
-    def _receive(self, layer: str, features: Tensor) -> None:
-        assert self._reader is not None
-        for metric in self._measures.of("features", layer, self._reader.layers[layer]):
-            metric.update(features)
+    # ---- when
 
     def _is_due(self, trainer: Trainer, batch_idx: int) -> bool:
         """Whether a batch that is about to be trained on belongs to a measurement."""
@@ -246,30 +199,21 @@ class PlasticityMonitor(ShowsSettings, Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._due = self._is_due(trainer, batch_idx)
-        if not self._due:
-            return
-        if self._examination is not None and self._reader is not None:
-            self._reader.start()
-        if self._batch is None and self._measures.has("inputs", "batch"):
-            self._batch = batch
-        for metric in self._measures.of("step"):
-            metric.update(self._scope)
-            metric.reset()  # keeps the weights before this step
+        if self._due and self._session is not None:
+            self._session.start_batch(batch)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._examination is not None:
-            self._examination.settle()
-        for metric in self._measures.of("gradients") if self._due else ():
-            metric.update(self._scope)
+        if self._session is not None:
+            self._session.before_step()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         due, self._due = self._due, False
-        if self._reader is not None:
-            self._reader.stop()
+        if self._session is not None:
+            self._session.end_batch()
         if not due or self.schedule.every_n_train_steps is None:
             return
         if pl_module.automatic_optimization and trainer.fit_loop._should_accumulate():
@@ -281,49 +225,14 @@ class PlasticityMonitor(ShowsSettings, Callback):
         if self.schedule.due_after_epoch(trainer.current_epoch):
             self._measure(trainer, _step(trainer) - 1)  # the last step: the number is that of the next one by now
 
-    # ---- measuring
-
     def _measure(self, trainer: Trainer, step: int) -> None:
-        assert self._scope is not None
-        if self._reader is not None:
-            self._reader.check({} if self._examination is None else self._examination.failed)
-            for layer, unit_dim in self._reader.layers.items():
-                self._measures.of("features", layer, unit_dim)  # also those that only other ranks have called
-        if self._probe is not None or self._measures.has("inputs", "batch"):
-            self._run_model(trainer, self._scope)
-        for metric in [*self._measures.of("model"), *self._measures.of("step")]:
-            metric.update(self._scope)
-        values, matrices = self._measures.take(self._updates())
+        assert self._session is not None
+        values, matrices = self._session.measure(trainer.precision_plugin.forward_context)
         self.values = mean_and_layers(values)
         for name, by_layer in values.items():
             self.history.setdefault(name, []).append((step, by_layer))
         if trainer.is_global_zero:
             self._log(trainer, values, matrices, step)
-
-    def _run_model(self, trainer: Trainer, scope: nn.Module) -> None:
-        """Measures what takes forward passes of its own, which leave no trace and which no plasticity method counts."""
-        with undisturbed(scope):
-            scope.eval()
-            if self._probe is not None and self._reader is not None:
-                self._reader.start()
-                with torch.no_grad(), trainer.precision_plugin.forward_context():
-                    self._probe.module(*self._probe.args, **self._probe.kwargs)
-                self._reader.stop()
-            if self._batch is not None:
-                for metric in self._measures.of("inputs"):
-                    metric.update(scope, inputs_of(self._batch))
-                for metric in self._measures.of("batch"):
-                    metric.update(scope, *inputs_and_targets_of(self._batch))
-        if self._probe is None:
-            self._batch = None
-
-    def _updates(self) -> dict[tuple[str, str], int]:
-        """How often each metric was updated: on all ranks, if they measure different data."""
-        counts = self._measures.updates()
-        if self._probe is not None:
-            return counts
-        (total,) = sum_over_ranks([torch.tensor(list(counts.values()), device=self._measures.device)])
-        return dict(zip(counts, total.tolist(), strict=True))
 
     def _log(
         self,

@@ -22,6 +22,7 @@ from lightning_plasticity.functional.selective_reinit import (
     Case,
     Reinit,
     below,
+    check_settings,
     count_due,
     gradient_utilities,
     new_values,
@@ -153,7 +154,17 @@ class SelectiveReinit(ScheduledCallback):
         self.zero_biases: bool | Literal["all"] = checks.choice("zero_biases", zeroed, (True, False, "all"))
         self.parameters: Parameters = checks.choice("parameters", parameters, get_args(Parameters))
         self.patterns = LayerPatterns(checks.words("include", include), checks.words("exclude", exclude))
-        self._check_combination()
+        check_settings(
+            once=once,
+            reinit=self.reinit,
+            std=self.std,
+            utility=self.utility,
+            decay_rate=self.decay_rate,
+            forget=self.forget,
+            threshold=self.threshold,
+            relative_threshold=self.relative_threshold,
+            zero_biases=self.zero_biases,
+        )
         self._applied = False
         self._applied_to: weakref.ref[nn.Module] | None = None  # None also if that was in another process
         self._has_reported = False
@@ -215,38 +226,6 @@ class SelectiveReinit(ScheduledCallback):
         self._applied = False
         if self._saved is not None:
             self._saved = {**self._saved, "method": {**self._saved["method"], "applied": False}}
-
-    def _check_combination(self) -> None:
-        once = self.schedule.on_fit_start
-        if self.std is not None and self.reinit != "normal":
-            raise ValueError(
-                f"std belongs to reinit='normal', got {self.std} with {self.reinit!r}. Leave it out, or change reinit."
-            )
-        if self.utility == "gradient" and once:
-            raise ValueError(
-                "utility='gradient' needs gradients, and there are none when fitting starts. "
-                "Give every_n_train_steps or every_n_epochs, or use utility='magnitude'."
-            )
-        if self.decay_rate > 0 and self.utility != "gradient":
-            raise ValueError(
-                f"decay_rate belongs to utility='gradient', got {self.decay_rate} with {self.utility!r}. "
-                "Leave it out, or change utility."
-            )
-        if self.forget == "all" and not self.decay_rate > 0:
-            raise ValueError(
-                "forget='all' belongs to a running average, got it with decay_rate=0.0, where the last step decides. "
-                "Leave it out, or give a decay_rate."
-            )
-        if self.threshold is not None and self.relative_threshold is not None:
-            raise ValueError(
-                "Only one of threshold and relative_threshold may be given, "
-                f"got {self.threshold} and {self.relative_threshold}."
-            )
-        if self.zero_biases == "all" and not once:
-            raise ValueError(
-                "zero_biases='all' belongs to the form that acts once, got it with a schedule, where biases stay as "
-                "they are. Leave one of the two out."
-            )
 
     # ---- when
 

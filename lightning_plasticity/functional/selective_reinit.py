@@ -196,3 +196,44 @@ def _pattern_of_rank(values: Tensor, count: int) -> tuple[int, int]:
         count -= int(up_to[digit] - histogram[digit])
         found = found << width | digit
     return found, count
+
+
+def check_settings(
+    *,
+    once: bool,
+    reinit: Reinit,
+    std: float | None,
+    utility: str,
+    decay_rate: float,
+    forget: str,
+    threshold: float | None,
+    relative_threshold: float | None,
+    zero_biases: bool | Literal["all"],
+) -> None:
+    """Raise if settings do not go together; ``once``: the method acts when fitting starts, and never again."""
+    if std is not None and reinit != "normal":
+        raise ValueError(f"std belongs to reinit='normal', got {std} with {reinit!r}. Leave it out, or change reinit.")
+    if utility == "gradient" and once:
+        raise ValueError(
+            "utility='gradient' needs gradients, and there are none when fitting starts. "
+            "Give every_n_train_steps or every_n_epochs, or use utility='magnitude'."
+        )
+    if decay_rate > 0 and utility != "gradient":
+        raise ValueError(
+            f"decay_rate belongs to utility='gradient', got {decay_rate} with {utility!r}. "
+            "Leave it out, or change utility."
+        )
+    if forget == "all" and not decay_rate > 0:
+        raise ValueError(
+            "forget='all' belongs to a running average, got it with decay_rate=0.0, where the last step decides. "
+            "Leave it out, or give a decay_rate."
+        )
+    if threshold is not None and relative_threshold is not None:
+        raise ValueError(
+            f"Only one of threshold and relative_threshold may be given, got {threshold} and {relative_threshold}."
+        )
+    if zero_biases == "all" and not once:
+        raise ValueError(
+            "zero_biases='all' belongs to the form that acts once, got it with a schedule, where biases stay as "
+            "they are. Leave one of the two out."
+        )

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import logging
 import os
 import socket
 import warnings
@@ -505,6 +506,14 @@ class ReturnsTuple(LightningNetwork):
 
     def forward(self, x):
         return self.net(x)[0]
+
+
+@pytest.mark.parametrize("probe_batch", [None, PAIR[0]])
+def test_a_line_says_which_layers_are_read(caplog, probe_batch):
+    with caplog.at_level(logging.INFO):
+        fit(PlasticityMonitor([M.EffectiveRank()], every_n_train_steps=3, probe_batch=probe_batch), max_epochs=1)
+    lines = [record.getMessage() for record in caplog.records if "PlasticityMonitor" in record.getMessage()]
+    assert lines == ["PlasticityMonitor reads the features of 2 layers: 'net.first', 'net.second'."]
 
 
 def test_a_model_without_hidden_layers_is_measured_without_them() -> None:
