@@ -72,6 +72,13 @@ CALLBACKS: dict[str, Callable[[], Any]] = {
     "L2Init": lambda: lp.L2Init(0.1),
     "LayerReset": lambda: lp.LayerReset(1, every_n_train_steps=4),
     "SelectiveReinit": lambda: lp.SelectiveReinit(0.2, "mean_noise", every_n_train_steps=4),
+    "PartialReset": lambda: lp.PartialReset(every_n_train_steps=2),
+    "HareAndTortoise": lambda: lp.HareAndTortoise(every_n_train_steps=4),
+    "IsometryReinit": lambda: lp.IsometryReinit(every_n_train_steps=4),
+    "OptimizerReset": lambda: lp.OptimizerReset(every_n_train_steps=4),
+    "ParsevalRegularization": lambda: lp.ParsevalRegularization(0.1),
+    "SpectralRegularization": lambda: lp.SpectralRegularization(0.1),
+    "WeightClipping": lambda: lp.WeightClipping(0.5),
     "PlasticityMonitor": lambda: lp.PlasticityMonitor(
         [M.EffectiveRank(), M.DeadUnits(), M.WeightNorm(), M.GradientNorm()], every_n_train_steps=2
     ),
