@@ -1,0 +1,224 @@
+"""Which part of a tensor this rank holds, for parameters that FSDP2 or tensor parallelism has shared out among ranks.
+
+A whole tensor is the simplest case, a part that is all of it: whoever writes through parts has one path for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, TypeGuard
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_plasticity.distributed import sum_over_ranks, world_size
+
+if dist.is_available():
+    from torch.distributed.tensor import DTensor
+
+
+def is_shared_out(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is a ``DTensor``, of which each rank may hold only a part.
+
+    Example:
+        >>> is_shared_out(torch.zeros(2))
+        False
+    """
+    return dist.is_available() and isinstance(tensor, DTensor)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the part of a rank lies in the whole.
+
+    Attributes:
+        shape: of the whole.
+        places: for each dimension the indices in the whole of what the part has there, in order; None where it has all.
+        shards: of how many different parts the whole consists.
+    """
+
+    shape: torch.Size
+    places: tuple[Tensor | None, ...]
+    shards: int
+
+    @cached_property
+    def lookups(self) -> tuple[Tensor | None, ...]:
+        """For each dimension the place in the part of each index of the whole, -1 where another rank has it."""
+        return tuple(
+            None if place is None else torch.full((size,), -1, device=place.device).index_copy(0, place, _count(place))
+            for size, place in zip(self.shape, self.places, strict=True)
+        )
+
+
+def _count(places: Tensor) -> Tensor:
+    return torch.arange(len(places), device=places.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The part of a tensor that this rank holds: a block of it, some indices of each dimension.
+
+    Attributes:
+        local: its values, in the memory of the tensor: what is written here is written to the tensor.
+        layout: where it lies in the whole; None where it is the whole.
+
+    Example:
+        >>> layout = Layout(torch.Size([4, 2]), (torch.tensor([2, 3]), None), shards=2)
+        >>> part = Part(torch.zeros(2, 2), layout)  # as the second of two ranks has it under FSDP2
+        >>> part.find(0, torch.tensor([3, 0]))  # of rows 3 and 0 it has the first: in its own row 1
+        (tensor([1]), tensor([0]))
+        >>> part.take(torch.tensor([[0.0], [1.0], [2.0], [3.0]]), 0).tolist(), part.spread(torch.ones(2), 0).tolist()
+        ([[2.0], [3.0]], [0.0, 0.0, 1.0, 1.0])
+    """
+
+    local: Tensor
+    layout: Layout | None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole tensor."""
+        return self.local.shape if self.layout is None else self.layout.shape
+
+    @property
+    def shards(self) -> int:
+        """Of how many different parts the whole consists: 1 where every rank has all."""
+        return 1 if self.layout is None else self.layout.shards
+
+    def places(self, dim: int) -> Tensor | None:
+        """The indices in the whole of what the part has in a dimension; None where it has all."""
+        return None if self.layout is None else self.layout.places[dim]
+
+    def find(self, dim: int, indices: Tensor) -> tuple[Tensor, Tensor | slice]:
+        """Those of some indices of a dimension that are here: their places in the part, and among those given.
+
+        Where all are here, ``(indices, slice(None))``. Otherwise this waits for the device.
+        """
+        lookup = None if self.layout is None else self.layout.lookups[dim]
+        if lookup is None:
+            return indices, slice(None)
+        found = lookup[indices]
+        here = (found >= 0).nonzero().squeeze(1)
+        return found[here], here
+
+    def take(self, values: Tensor, *dims: int) -> Tensor:
+        """Of values over the whole of some dimensions, those that belong to the part.
+
+        Args:
+            values: in these dimensions as long as the whole tensor; a value for each of its entries if none is given.
+            *dims: which dimensions, by their number in the tensor and in ``values`` alike.
+        """
+        for dim in dims or range(len(self.shape)):
+            places = self.places(dim)
+            values = values if places is None else values.index_select(dim, places)
+        return values
+
+    def spread(self, values: Tensor, dim: int) -> Tensor:
+        """From one value for each place of the part in a dimension to one for each index of the whole: 0 elsewhere."""
+        places = self.places(dim)
+        if places is None:
+            return values
+        assert self.layout is not None
+        return values.new_zeros(self.layout.shape[dim]).index_copy(0, places, values)
+
+
+def part_of(tensor: Tensor) -> Part:
+    """The part of a tensor that this rank holds; all of it for one that is not shared out.
+
+    No rank talks. FSDP2, tensor parallelism and both together are understood, with parts of any size, and empty ones.
+
+    Raises:
+        RuntimeError: If the tensor is a sum of which each rank holds one term, so that no rank holds any entry.
+
+    Example:
+        >>> weight = torch.zeros(3, 2)
+        >>> part_of(weight).local is weight
+        True
+    """
+    if not is_shared_out(tensor):
+        return Part(tensor, None)
+    held = local(tensor)
+    return Part(held, _layout(tensor.shape, tensor.placements, tensor.device_mesh, held.device))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The values of a tensor that this rank holds, in the tensor's memory.
+
+    Example:
+        >>> weight = torch.zeros(3, 2)
+        >>> local(weight) is weight
+        True
+    """
+    if not is_shared_out(tensor):
+        return tensor
+    with torch.no_grad():  # without which this would be a copy for the backward pass
+        return tensor.to_local()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor put together from all ranks, which must all call this; one that is not shared out as it is.
+
+    Each rank then holds all of it: for one layer at a time, and only where parts do not do.
+
+    Example:
+        >>> weight = torch.zeros(3, 2)
+        >>> whole(weight) is weight
+        True
+    """
+    return tensor.full_tensor() if is_shared_out(tensor) else tensor
+
+
+def sum_over_shards(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Sums that each rank has taken over its part of a tensor, put together to those over the whole tensor.
+
+    All ranks must call this, with values of the same shapes and types in one order. All values of one type travel in a
+    single message to all ranks, whatever the layouts; where no tensor is shared out nothing is sent. A part that
+    several ranks hold counts once.
+
+    Args:
+        values: each computed from the part of a tensor, 0 where that is empty.
+        tensors: for each value the tensor.
+
+    Example:
+        >>> weight = torch.tensor([1.0, 2.0])
+        >>> sum_over_shards([part_of(weight).local.sum()], [weight])
+        [tensor(3.)]
+    """
+    parts = [part_of(tensor) for tensor in tensors]
+    shared = [i for i, part in enumerate(parts) if part.shards > 1]
+    if not shared:
+        return list(values)
+    # Every part is held by as many ranks: the world, divided by the number of parts.
+    sums = sum_over_ranks([values[i] * (parts[i].shards / world_size()) for i in shared])
+    together = dict(zip(shared, sums, strict=True))
+    return [together.get(i, value) for i, value in enumerate(values)]
+
+
+@lru_cache(maxsize=4096)
+def _layout(shape: torch.Size, placements: tuple[Any, ...], mesh: Any, device: torch.device) -> Layout | None:
+    """Where the part of this rank lies; None where it has all."""
+    if any(placement.is_partial() for placement in placements):
+        raise RuntimeError(
+            f"Parameters that are shared out among ranks must be split or copied, but one of shape {tuple(shape)} is "
+            f"placed as {placements}: each rank holds a term of a sum. Redistribute it as Shard or Replicate."
+        )
+    places: list[Tensor | None] = [None] * len(shape)
+    shards = 1
+    coordinates = mesh.get_coordinate()
+    # FSDP2 splits what tensor parallelism has left, and marks that by a split factor: it comes last, from the right.
+    plain = [i for i, placement in enumerate(placements) if not hasattr(placement, "split_factor")]
+    strided = [i for i in reversed(range(len(placements))) if i not in plain]
+    for i in (*plain, *strided):
+        dim = getattr(placements[i], "dim", None)
+        pieces = mesh.size(i)
+        if dim is None or pieces == 1:
+            continue
+        dim %= len(shape)
+        before = places[dim]
+        held = torch.arange(shape[dim], device=device) if before is None else before
+        chunks = torch.chunk(held, pieces)  # fewer than asked for where there is too little: the others are empty
+        places[dim] = chunks[coordinates[i]] if coordinates[i] < len(chunks) else held[:0]
+        shards *= pieces
+    return Layout(shape, tuple(places), shards) if shards > 1 else None

@@ -1,0 +1,149 @@
+"""Parts of tensors: against the whole ones, on four ranks, for every way in which torch shares a network out."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ranks import on_ranks
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from lightning_plasticity.shards import local, part_of, sum_over_shards, whole
+
+RANKS = 4
+
+
+def network() -> nn.Sequential:
+    """Sizes that four ranks cannot share evenly, and a layer with fewer rows than ranks."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+
+
+def split_over_tensors(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    return parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+
+def fsdp(model: nn.Module) -> nn.Module:
+    return fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
+
+
+def hsdp(model: nn.Module) -> nn.Module:
+    return fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards")))
+
+
+def columns(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
+    return fully_shard(nn.Sequential(nn.Linear(4, 8)), mesh=mesh, shard_placement_fn=lambda p: Shard(p.ndim - 1))
+
+
+def tensors(model: nn.Module) -> nn.Module:
+    return split_over_tensors(model, init_device_mesh("cpu", (4,)))
+
+
+def both(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensors"))
+    return fully_shard(split_over_tensors(model, mesh["tensors"]), mesh=mesh["data"])
+
+
+WAYS: list[Callable[[nn.Module], nn.Module]] = [fsdp, hsdp, columns, tensors, both]
+
+
+def looked_at(parameter: Tensor) -> dict[str, Any]:
+    """What a part says of itself, and what the whole tensor is."""
+    part = part_of(parameter)
+    everything = whole(parameter).detach()
+    numbers = torch.arange(float(everything.numel())).view(everything.shape)
+    found = [part.find(dim, torch.arange(size).flip(0)) for dim, size in enumerate(part.shape)]
+    return {
+        "shape": part.shape,
+        "whole": everything,
+        "local": part.local.detach().clone(),
+        "taken": part.take(everything),
+        "numbers": part.take(numbers),
+        "counts": part.take(torch.ones_like(numbers)).sum() * part.shards / RANKS,
+        "spread": [part.spread(torch.ones(size), dim) for dim, size in enumerate(part.local.shape)],
+        "found": [(a, torch.arange(part.shape[d]).flip(0)[b]) for d, (a, b) in enumerate(found)],
+        "sum": sum_over_shards([local(parameter).detach().double().sum()], [parameter])[0],
+    }
+
+
+def on_each_rank(rank: int) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for way in WAYS:
+        model = way(network())
+        results[way.__name__] = {name: looked_at(p) for name, p in model.named_parameters()}
+        parameter = next(model.parameters())
+        with torch.no_grad():
+            local(parameter).fill_(rank + 1.0)
+        results[way.__name__]["written"] = whole(parameter).detach(), part_of(parameter).take(whole(parameter).detach())
+    # fewer rows than ranks, and dimensions that are split several times
+    mesh = init_device_mesh("cpu", (2, 2))
+    for name, placements in {
+        "both rows": [Shard(0), Shard(0)],
+        "rows and columns": [Shard(0), Shard(1)],
+        "negative": [Shard(-1), Replicate()],
+        "copies": [Replicate(), Replicate()],
+    }.items():
+        for size in (1, 3, 5, 8):
+            tensor = distribute_tensor(
+                torch.randn(size, size + 2, generator=torch.Generator().manual_seed(size)), mesh, placements
+            )
+            results[f"{name} {size}"] = {"tensor": looked_at(tensor)}
+    term = DTensor.from_local(torch.ones(2), mesh, [Partial(), Partial()])
+    with pytest.raises(RuntimeError, match="each rank holds a term of a sum"):
+        part_of(term)
+    return results
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return on_ranks(RANKS, on_each_rank, tmp_path_factory.mktemp("ranks"))
+
+
+def test_parts_are_what_the_ranks_hold(ranks: list[dict[str, Any]]) -> None:
+    expected = copy.deepcopy(network()).state_dict()
+    for way in ranks[0]:
+        for name in ranks[0][way].keys() - {"written"}:
+            of_ranks = [rank[way][name] for rank in ranks]
+            for part in of_ranks:
+                if name in expected and way != "columns":
+                    assert torch.equal(part["whole"], expected[name]), (way, name)
+                assert torch.equal(part["local"], part["taken"]), (way, name)
+                torch.testing.assert_close(part["sum"], part["whole"].double().sum(), rtol=1e-12, atol=1e-12)
+                for dim, (places, indices) in enumerate(part["found"]):
+                    spread = part["spread"][dim]
+                    assert spread.sum() == part["local"].shape[dim]
+                    assert sorted(indices.tolist()) == spread.nonzero().squeeze(1).tolist()
+                    assert places.tolist() == sorted(places.tolist(), reverse=True)
+            # together the parts are the whole, each entry held equally often
+            held = torch.cat([part["numbers"].flatten() for part in of_ranks]).long()
+            counts = torch.bincount(held, minlength=of_ranks[0]["whole"].numel())
+            assert (counts == counts[0]).all(), (way, name)
+            assert sum(part["counts"] for part in of_ranks) == of_ranks[0]["whole"].numel()
+
+
+def test_what_is_written_to_a_part_is_in_the_tensor(ranks: list[dict[str, Any]]) -> None:
+    for way in WAYS:
+        for rank, results in enumerate(ranks):
+            after, own = results[way.__name__]["written"]
+            assert (after > 0).all()
+            if way not in (hsdp, columns):  # where others have written to the same entries
+                assert (own == rank + 1).all()
+
+
+def test_a_whole_tensor_is_the_part_that_is_all_of_it() -> None:
+    weight = torch.randn(3, 2)
+    part = part_of(weight)
+    assert part.local is weight
+    assert local(weight) is weight
+    assert whole(weight) is weight
+    assert part.take(weight) is weight
+    assert part.find(0, torch.tensor([2, 0]))[0].tolist() == [2, 0]
+    assert part.shards == 1
+    assert torch.equal(part.spread(weight[:, 0], 0), weight[:, 0])
+    assert sum_over_shards([weight], [weight])[0] is weight
