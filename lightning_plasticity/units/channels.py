@@ -82,23 +82,6 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, field.name))
 
 
-def nan_channels(x: Tensor, dim: int) -> Tensor:
-    """For each index of ``dim`` whether a NaN is anywhere in it."""
-    nans = x.isnan()
-    others = [d for d in range(x.ndim) if d != dim % x.ndim]
-    return nans.any(dim=others) if others else nans
-
-
-def clean(x: Tensor) -> Tensor:
-    """Zeros in place of NaN."""
-    return torch.where(x.isnan(), torch.zeros((), dtype=x.dtype, device=x.device), x)
-
-
-def ones_for_nan(x: Tensor) -> Tensor:
-    """Ones in place of NaN: a probability, a scale and a count may be one."""
-    return torch.where(x.isnan(), torch.ones((), dtype=x.dtype, device=x.device), x)
-
-
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """Applies ``function`` to the floating-point tensors in nested arguments."""
     if isinstance(value, Tensor):

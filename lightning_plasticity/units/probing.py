@@ -29,14 +29,13 @@ from lightning_plasticity.names import named_modules_as_written
 from lightning_plasticity.units.channels import (
     TORCH_NORMS,
     Layer,
-    clean,
     is_norm,
     map_tensors,
-    nan_channels,
-    ones_for_nan,
+    norm_dims,
     tensors_in,
 )
 from lightning_plasticity.units.examining import quietly, random_states
+from lightning_plasticity.units.nans import NaNs, any_nan, clean, nan_channels, ones_for_nan, set_channels_nan
 
 # Layers that mix their input channels in a way for which no column of one weight belongs to one input channel.
 _OPAQUE = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
@@ -128,7 +127,7 @@ class Network:
             m.register_forward_pre_hook(watch.before_opaque(n), with_kwargs=True) for n, m in self.opaque.items()
         ]
         for name, module in self.norms.items():
-            handles.append(module.register_forward_pre_hook(watch.before_norm))
+            handles.append(module.register_forward_pre_hook(watch.before_norm(name)))
             handles.append(module.register_forward_hook(watch.after_norm(name), with_kwargs=True))
         try:
             with quietly(), watch:
@@ -152,7 +151,7 @@ def describe(error: BaseException | None) -> str:
 
 
 def _has_nan(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    return any(bool(x.isnan().any()) for x in tensors_in((args, kwargs)))
+    return any(any_nan(x) for x in tensors_in((args, kwargs)))
 
 
 def _without_nan(name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -176,7 +175,7 @@ class Watch(TorchFunctionMode):
         self._events = 0
         self._active: list[Layer] = []
         self._carried: list[Tensor] = []  # which input channels of a passed layer are NaN
-        self._inside_norms: list[Tensor | None] = []  # the inputs of the norms that are running
+        self._inside_norms: list[NaNs | None] = []  # the inputs of the norms that are running
 
     # ---- what a kind of run may override
 
@@ -188,8 +187,8 @@ class Watch(TorchFunctionMode):
         """The input of a layer."""
         return x
 
-    def passes_norm(self, name: str, x: Tensor, nans: Tensor) -> None:
-        """A normalisation layer has seen ``x``."""
+    def passes_norm(self, name: str, x: Tensor, dim: int | None) -> None:
+        """A normalisation layer has seen ``x``, whose dimension ``dim`` runs over the layer's entries."""
 
     def passes_depthwise(self, layer: Layer, nans: Tensor) -> None:
         """A depthwise convolution is passed, with NaN in some input channels."""
@@ -266,41 +265,51 @@ class Watch(TorchFunctionMode):
         if not layer.passes:
             return self.leaves(layer, output)
         nans = self._carried.pop().repeat_interleave(layer.size // layer.columns)
-        return output.index_fill(layer.channel_dim, nans.nonzero().squeeze(1), math.nan)
+        return set_channels_nan(output, layer.channel_dim, nans)
 
     def before_opaque(self, name: str) -> Callable[..., Any]:
         """The hook on the inputs of a layer that mixes: cleans them."""
 
         def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
             with self._pause():
-                if any(bool(x.isnan().any()) for x in tensors_in((args, kwargs))):
+                if any(any_nan(x) for x in tensors_in((args, kwargs))):
                     self.meets_opaque(name)
                     return map_tensors(clean, args), map_tensors(clean, kwargs)
                 return None
 
         return hook
 
-    def before_norm(self, _: nn.Module, args: Any) -> None:
-        """The hook on the input of a normalisation layer: what it computes inside is its own affair."""
-        self._inside_norms.append(args[0] if args and isinstance(args[0], Tensor) else None)
+    def before_norm(self, name: str) -> Callable[..., Any]:
+        """The hook on the input of a normalisation layer; one that is known to mix gets numbers in place of NaN.
+
+        What it computes inside is its own affair.
+        """
+
+        def hook(module: nn.Module, args: Any) -> Any:
+            if not args or not isinstance(args[0], Tensor):
+                self._inside_norms.append(None)
+                return None
+            with self._pause():
+                dim = norm_dims(module, args[0])
+                self.passes_norm(name, args[0], dim)
+                nans = NaNs(args[0], dim)
+                self._inside_norms.append(nans)
+                return (clean(nans.x), *args[1:]) if nans.any and name in self.network.mixing else None
+
+        return hook
 
     def after_norm(self, name: str) -> Callable[..., Any]:
         """The hook on a normalisation layer: where NaN spread in it, run it again on clean input and put NaN back."""
 
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            self._inside_norms.pop()
+            nans = self._inside_norms.pop()
+            if nans is None or not nans.any or not isinstance(output, Tensor) or output.shape != nans.x.shape:
+                return None
             with self._pause():
-                if not args or not isinstance(output, Tensor) or not isinstance(args[0], Tensor):
-                    return None
-                x = args[0]
-                nans = x.isnan()
-                self.passes_norm(name, x, nans)
-                if output.shape != x.shape or not bool(nans.any()):
-                    return None
-                if bool((output.isnan() & ~nans).any()):
+                if name not in self.network.mixing and nans.are_exceeded_by(output):
                     self.network.mixing.add(name)
-                    output = module.forward(clean(x), *args[1:], **kwargs)
-                return output.masked_fill(nans, math.nan)
+                    output = module.forward(clean(nans.x), *args[1:], **kwargs)
+                return nans.put_into(output)
 
         return hook
 
@@ -354,7 +363,7 @@ class Watch(TorchFunctionMode):
             self._events += 1
             # within a norm, its input tells which channels these are: the norm may have mixed them already
             inside = self._inside_norms[-1] if self._inside_norms else None
-            self.activates(self._events, kind, args[0] if inside is None else inside)
+            self.activates(self._events, kind, args[0] if inside is None else inside.x)
         elif self._inside_norms:
             return args
         elif (name in _PRODUCTS or kind == "mul") and len(args) == 2:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_plasticity.layer_views import TORCH_LAYERS
-from lightning_plasticity.units.channels import Layer, Site, clean, nan_channels, norm_dims, tensors_in, weights_of
+from lightning_plasticity.units.channels import Layer, Site, tensors_in, weights_of
+from lightning_plasticity.units.nans import any_nan, clean, nan_channels, set_channels_nan
 from lightning_plasticity.units.probing import LAYER_CALLS, Network, StopRun, Watch, describe
 
 T = TypeVar("T")
@@ -88,7 +88,7 @@ class Survey(Watch):
 
     @override
     def finish(self, outputs: Any) -> None:
-        self.nan_outputs = any(bool(x.isnan().any()) for x in tensors_in(outputs))
+        self.nan_outputs = any(any_nan(x) for x in tensors_in(outputs))
 
     def mark(self) -> None:
         """Writes the reasons why layers cannot be used into them."""
@@ -122,8 +122,7 @@ class _Marked(Watch):
     def leaves(self, layer: Layer, output: Tensor) -> Tensor:
         if layer.reason is not None or layer.unmarked is not None:
             return output
-        channels = self.marked[layer.first : layer.first + layer.size].nonzero().squeeze(1)
-        return output.index_fill(layer.channel_dim, channels.to(output.device), math.nan)
+        return set_channels_nan(output, layer.channel_dim, self.marked[layer.first : layer.first + layer.size])
 
 
 @dataclass
@@ -154,7 +153,7 @@ class FindGates(_Marked):
 
     @override
     def multiplies(self, event: int, value: Tensor, gate: Tensor) -> Tensor:
-        if not (bool(gate.isnan().any()) and bool(value.isnan().any())):
+        if not (any_nan(gate) and any_nan(value)):
             return gate
         dim = _varying_dim(gate)
         same_size = dim is not None and value.ndim >= -dim and value.shape[dim] == gate.shape[dim]
@@ -202,15 +201,14 @@ class ReadCodes(_Marked):
         self._record(Site("depthwise", layer.name), nans)
 
     @override
-    def passes_norm(self, name: str, x: Tensor, nans: Tensor) -> None:
-        module = self.network.norms[name]
-        dim = norm_dims(module, x)
+    def passes_norm(self, name: str, x: Tensor, dim: int | None) -> None:
         if dim is None:
             return
+        module = self.network.norms[name]
         entry_dims = getattr(module, "weight", None)
         several = entry_dims.ndim if isinstance(entry_dims, Tensor) else 1
         if several > 1:
-            self._record(Site("norm", name), nans.reshape(-1, *x.shape[-several:]).any(0).flatten())
+            self._record(Site("norm", name), x.isnan().reshape(-1, *x.shape[-several:]).any(0).flatten())
         else:
             self._record(Site("norm", name), nan_channels(x, dim))
 
@@ -276,19 +274,19 @@ class Proof(_Marked):
         if dim is not None:
             own = self._own(Site("gate", str(event))).nonzero().squeeze(1)
             gate = gate.index_fill(dim, own.to(gate.device), 0.0)
-        if bool(gate.isnan().any()):
+        if any_nan(gate):
             self._escaped("a product with other units")
         return gate
 
     @override
     def mixes(self, event: int, what: str, x: Tensor, dim: int | None) -> Tensor:
-        if event in self.mixtures and bool(x.isnan().any()):
+        if event in self.mixtures and any_nan(x):
             self._escaped(what)
         return x
 
     @override
-    def passes_norm(self, name: str, x: Tensor, nans: Tensor) -> None:
-        if name in self.network.mixing and bool(nans.any()):
+    def passes_norm(self, name: str, x: Tensor, dim: int | None) -> None:
+        if name in self.network.mixing and any_nan(x):
             self.mixing_norms.add(name)
 
     @override
@@ -301,7 +299,7 @@ class Proof(_Marked):
 
     @override
     def finish(self, outputs: Any) -> None:
-        if any(bool(x.isnan().any()) for x in tensors_in(outputs)):
+        if any(any_nan(x) for x in tensors_in(outputs)):
             self._escaped("the network's output")
 
     @override
