@@ -14,14 +14,6 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-# DTensor (FSDP2, tensor parallelism), FSDP with flat and with original parameters, and DeepSpeed stage 3.
-_MARKS_OF_SHARDING = ("device_mesh", "_is_flat_param", "_fsdp_flattened", "ds_id")
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether each rank holds only a part of a parameter."""
-    return any(hasattr(parameter, mark) for mark in _MARKS_OF_SHARDING)
-
 
 def world_size() -> int:
     """The number of ranks; 1 where nothing is distributed.

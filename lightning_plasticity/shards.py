@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_plasticity.distributed import sum_over_ranks, world_size
+from lightning_plasticity.layer_views import LayerView
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor
@@ -87,6 +88,15 @@ class Part:
         """Of how many different parts the whole consists: 1 where every rank has all."""
         return 1 if self.layout is None else self.layout.shards
 
+    def swapped(self) -> Part:
+        """With the first two dimensions exchanged."""
+        if self.layout is None:
+            return Part(self.local.transpose(0, 1), None)
+        first, second, *others = self.layout.shape
+        a, b, *rest = self.layout.places
+        swapped = Layout(torch.Size((second, first, *others)), (b, a, *rest), self.shards)
+        return Part(self.local.transpose(0, 1), swapped)
+
     def places(self, dim: int) -> Tensor | None:
         """The indices in the whole of what the part has in a dimension; None where it has all."""
         return None if self.layout is None else self.layout.places[dim]
@@ -141,6 +151,19 @@ def part_of(tensor: Tensor) -> Part:
         return Part(tensor, None)
     held = local(tensor)
     return Part(held, _layout(tensor.shape, tensor.placements, tensor.device_mesh, held.device))
+
+
+def by_output(view: LayerView, tensor: Tensor) -> Part:
+    """The part that this rank holds of a tensor of a layer's weight's shape, with the outputs first, then the inputs.
+
+    Example:
+        >>> from lightning_plasticity.layer_views import view_of
+        >>> view = view_of(torch.nn.ConvTranspose2d(2, 3, 4))
+        >>> by_output(view, view.weight).shape
+        torch.Size([3, 2, 4, 4])
+    """
+    part = part_of(tensor)
+    return part.swapped() if view.transposed else part
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -7,26 +7,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_plasticity.distributed import is_sharded
+from lightning_plasticity.distributed import any_rank_has
 from lightning_plasticity.layer_views import LayerView, view_of
+from lightning_plasticity.shards import is_shared_out, local
+
+_MARKS_OF_FLATTENING = ("_is_flat_param", "_fsdp_flattened", "ds_id")  # FSDP1, with original parameters, DeepSpeed 3
 
 
 def check_whole(model: nn.Module, needs: str) -> None:
     """Raise if parameters of a model are sharded; ``needs`` begins the error: who needs them whole."""
+    check_own_shapes(model, needs)
     for name, parameter in model.named_parameters():
-        if is_sharded(parameter):
+        if is_shared_out(parameter):
             raise RuntimeError(
-                f"{needs} whole parameters on every rank, but {name!r} is sharded ({_sharded_by(parameter)}). "
-                "Use a strategy that keeps them whole, for instance strategy='ddp'."
+                f"{needs} whole parameters on every rank, but {name!r} is sharded (FSDP2 or tensor parallelism, as by "
+                "ModelParallelStrategy). Use a strategy that keeps them whole, for instance strategy='ddp'."
             )
 
 
-def _sharded_by(parameter: Tensor) -> str:
-    if hasattr(parameter, "ds_id"):
-        return "DeepSpeed stage 3"
-    if hasattr(parameter, "device_mesh"):
-        return "FSDP2 or tensor parallelism, as by ModelParallelStrategy"
-    return "FSDP1, which makes one flat parameter of many, as by strategy='fsdp'"
+def check_own_shapes(model: nn.Module, needs: str) -> None:
+    """Raise if parameters of a model are pieces of flat ones; ``needs`` begins the error: who needs their shapes."""
+    for name, parameter in model.named_parameters():
+        if _is_flattened(parameter):
+            by = "DeepSpeed stage 3" if hasattr(parameter, "ds_id") else "FSDP1, as by strategy='fsdp'"
+            raise RuntimeError(
+                f"{needs} parameters that keep their shapes, but {name!r} is sharded ({by}, makes flat pieces of them). "
+                "Use ModelParallelStrategy, which shards by FSDP2, or strategy='ddp', which keeps parameters whole."
+            )
+
+
+def _is_flattened(parameter: Tensor) -> bool:
+    return any(hasattr(parameter, mark) for mark in _MARKS_OF_FLATTENING)
 
 
 def check_trains(model: nn.Module, optimizers: Iterable[Any]) -> None:
@@ -42,7 +53,7 @@ def check_trains(model: nn.Module, optimizers: Iterable[Any]) -> None:
                 raise RuntimeError(
                     "Plasticity methods need an optimizer that trains the model's own parameters, but DeepSpeed, in "
                     f"every stage, trains copies of them ({type(level).__name__}): what is written to the model would "
-                    "be lost without a word. Use another strategy, for instance strategy='ddp'."
+                    "be lost without a word. Use ModelParallelStrategy, which shards by FSDP2, or strategy='ddp'."
                 )
             level = getattr(level, "optimizer", None)
     own = {id(parameter) for parameter in model.parameters()}
@@ -84,14 +95,16 @@ def check_editable(target: nn.Module | nn.Parameter, name: str) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no entry of a tensor is NaN or infinite, told without temporaries of its size.
+    """Whether no entry of a tensor, on any rank, is NaN or infinite, told without temporaries of its size.
 
     Example:
         >>> import torch
         >>> is_finite(torch.tensor([1.0, 2.0])), is_finite(torch.tensor([1.0, torch.nan, -torch.inf]))
         (True, False)
     """
-    return tensor.numel() == 0 or all(bool(end.isfinite()) for end in tensor.detach().aminmax())  # NaN is in both
+    held = local(tensor).detach()
+    is_here = held.numel() == 0 or all(bool(end.isfinite()) for end in held.aminmax())  # NaN is in both
+    return not any_rank_has(not is_here, held.device) if is_shared_out(tensor) else is_here
 
 
 def check_finite(parameters: Mapping[str, Tensor], needs: str) -> None:
@@ -108,10 +121,10 @@ def check_parameter(parameter: Tensor, name: str) -> None:
     """Raise if a parameter cannot be written to."""
     if nn.parameter.is_lazy(parameter):
         raise RuntimeError(f"An edit needs initialised parameters, but {name} has no shape yet. Run one batch first.")
-    if is_sharded(parameter):
+    if _is_flattened(parameter):
         raise RuntimeError(
-            f"An edit needs whole parameters, but {name} is sharded over ranks. "
-            "Use a strategy that keeps a copy on every rank, such as DDP, or exclude it."
+            f"An edit needs parameters that keep their shapes, but {name} is a piece of a flat one. "
+            "Use ModelParallelStrategy (FSDP2), or a strategy that keeps a copy on every rank, such as DDP."
         )
     if not parameter.is_floating_point():
         raise RuntimeError(f"An edit needs floating-point parameters, but {name} is {parameter.dtype}. Exclude it.")
@@ -162,9 +175,10 @@ def check_norm(module: nn.Module, name: str) -> None:
 def check_mask(parameter: Tensor, mask: Tensor) -> None:
     """Raise if a mask does not fit a parameter, or that cannot be written to."""
     check_parameter(parameter, "the parameter")
-    if mask.dtype != torch.bool or mask.shape != parameter.shape:
+    shape = tuple(local(parameter).shape)
+    if mask.dtype != torch.bool or mask.shape != shape:
         raise ValueError(
-            f"A masked edit needs a mask of torch.bool and shape {tuple(parameter.shape)}, "
+            f"A masked edit needs a mask of torch.bool and shape {shape}, "
             f"but it is of {mask.dtype} and shape {tuple(mask.shape)}."
         )
 
@@ -189,8 +203,8 @@ def check_device(values: Tensor, parameter: Tensor) -> None:
 
 
 def check_pairs(tensors: Sequence[Tensor], others: Sequence[Tensor], edit: str, what: str) -> None:
-    """Raise if there is not one of the others, of its shape, for each tensor."""
-    wanted, got = [tensor.shape for tensor in tensors], [other.shape for other in others]
+    """Raise if there is not one of the others, of the shape of the part that is here, for each tensor."""
+    wanted, got = [local(tensor).shape for tensor in tensors], [other.shape for other in others]
     if wanted != got:
         raise ValueError(
             f"{edit} needs {what} of the shapes {[tuple(shape) for shape in wanted]}, "

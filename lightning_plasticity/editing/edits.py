@@ -5,6 +5,7 @@ All is checked before anything is written: an edit that fails has changed nothin
 out of range, and too few values for a mask, are seen beforehand on the CPU only, and reported by PyTorch on CUDA.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
@@ -27,12 +28,18 @@ from lightning_plasticity.editing.optimizer_state import OptimizerState as Optim
 from lightning_plasticity.editing.remainders import Remainders
 from lightning_plasticity.layer_views import LayerView, view_of
 from lightning_plasticity.names import submodule
+from lightning_plasticity.shards import Part, by_output, local, part_of, sum_over_shards
 
 _Index: TypeAlias = tuple[Tensor | slice, ...]
 
 
 class Editor:
     """Write to a model's weights, and renew the optimizer state of exactly the entries that get new values.
+
+    Where parameters are shared out among ranks (FSDP2, tensor parallelism), every rank makes the same edits, and each
+    writes what it holds. Modules, rows, columns and entries are those of the whole network, and what is written there
+    is given whole. What concerns all entries of tensors (masks, and values for :meth:`write`, :meth:`add` and others)
+    is of the part that the rank holds: of the shape of ``shards.local(tensor)``.
 
     The state of an entry is found by the parameter's identity, in what has the parameter's shape. It starts from 0,
     except where the optimizer starts elsewhere: Adagrad's ``initial_accumulator_value``, Rprop's learning rate, the
@@ -90,14 +97,17 @@ class Editor:
         """Set these rows (outputs) of a layer's weight to ``values`` and of its bias, if it has one, to 0."""
         layer = self._layer(module)
         check_index(rows, layer.weight, layer.outputs, module)
-        shape = (len(rows), *layer.by_output(layer.weight).shape[1:])
+        part = by_output(layer, layer.weight)
+        shape = (len(rows), *part.shape[1:])
         if values.shape != shape:
             raise ValueError(
                 f"redraw_rows needs values of shape {shape} for {len(rows)} rows of {module!r}, "
                 f"but their shape is {tuple(values.shape)}."
             )
         check_device(values, layer.weight)
-        self._assign(layer.weight, (rows,), values, layer.by_output)
+        here, given = part.find(0, rows)
+        values = part.take(values[given], *range(1, len(shape)))
+        self._assign(layer.weight, (here,), values, math.prod(shape), layer.by_output)
         self.zero_bias(module, rows)
 
     @torch.no_grad()
@@ -105,9 +115,14 @@ class Editor:
         """Multiply these rows (outputs) of a layer's weight and bias by ``factor``."""
         layer = self._layer(module)
         check_index(rows, layer.weight, layer.outputs, module)
-        self._assign(layer.weight, (rows,), layer.by_output(layer.weight)[rows] * factor, layer.by_output)
+        part = by_output(layer, layer.weight)
+        here, _ = part.find(0, rows)
+        count = len(rows) * part.shape[1:].numel()
+        self._assign(layer.weight, (here,), part.local[here] * factor, count, layer.by_output)
         if layer.bias is not None:
-            self._assign(layer.bias, (rows,), layer.bias[rows] * factor)
+            bias = part_of(layer.bias)
+            here, _ = bias.find(0, rows)
+            self._assign(layer.bias, (here,), bias.local[here] * factor, len(rows))
 
     @torch.no_grad()
     def zero_bias(self, module: str, rows: Tensor) -> None:
@@ -115,15 +130,25 @@ class Editor:
         layer = self._layer(module)
         check_index(rows, layer.weight, layer.outputs, module)
         if layer.bias is not None:
-            self._assign(layer.bias, (rows,), layer.bias.new_zeros(()))
+            bias = part_of(layer.bias)
+            self._assign(layer.bias, (bias.find(0, rows)[0],), bias.local.new_zeros(()), len(rows))
 
     @torch.no_grad()
     def zero_columns(self, module: str, columns: Tensor) -> None:
         """Set to 0 what a layer multiplies these inputs (features, or channels of a convolution with any groups) by."""
         layer = self._layer(module)
         check_index(columns, layer.weight, layer.inputs, module)
-        zero = layer.weight.new_zeros(())
-        self._assign(layer.weight, _by_group(columns, layer), zero, lambda whole: _split_rows(whole, layer))
+        part = by_output(layer, layer.weight)
+        zero = part.local.new_zeros(())
+        if layer.groups == 1:
+            here, _ = part.find(1, columns)
+            count = len(columns) * part.shape[0] * part.shape[2:].numel()
+            self._assign(layer.weight, (slice(None), here), zero, count, layer.by_output)
+            return
+        chosen = _reads_one_of(columns, layer, part)
+        mask = chosen.view(*chosen.shape, *(1,) * (len(part.shape) - 2)).expand(part.local.shape)
+        torch.where(mask, zero, part.local, out=part.local)
+        self._state.renew_masked(layer.weight, mask)
 
     @torch.no_grad()
     def shift_bias(self, module: str, columns: Tensor, amounts: Tensor) -> None:
@@ -144,21 +169,21 @@ class Editor:
         if layer.bias is None:
             return
         precise = torch.promote_types(layer.weight.dtype, torch.float32)
-        if layer.groups == 1 and len(columns):  # all biases are shifted: without the masks, which take most of the time
-            used = layer.by_output(layer.weight)[:, columns].unsqueeze(-1).flatten(2).sum(-1, dtype=precise)
-            shift = (used * amounts.to(precise)).sum(1) * layer.seen_of_kernel
-            self._set([layer.bias], [layer.bias + torch.where(shift.isfinite(), shift, 0.0)])
-            return
-        used = _split_rows(layer.weight, layer)[_by_group(columns, layer)]
-        added = used.unsqueeze(-1).flatten(2).sum(-1, dtype=precise) * amounts.to(precise).unsqueeze(-1)
-        # A sum under a mask, because index_add_ on CUDA differs from run to run and a product of matrices may be TF32.
-        group = torch.arange(layer.groups, device=columns.device).unsqueeze(-1)
-        is_in_group = columns // (layer.inputs // layer.groups) == group
-        shift = torch.where(is_in_group.unsqueeze(-1), added, 0.0).sum(1)
-        shift = torch.where(shift.isfinite(), shift, 0.0)
-        is_shifted = is_in_group.any(1, keepdim=True).expand_as(shift)
-        shifted = torch.where(is_shifted.flatten(), layer.bias + shift.flatten(), layer.bias)
-        layer.bias.copy_(shifted)
+        part = by_output(layer, layer.weight)
+        if layer.groups == 1:  # without the masks, which take most of the time
+            here, given = part.find(1, columns)
+            used = part.local[:, here].unsqueeze(-1).flatten(2).sum(-1, dtype=precise)
+            # Not a product of matrices, which may be TF32.
+            shift = (used * amounts[given].to(precise)).sum(1) * layer.seen_of_kernel
+        else:
+            chosen = _reads_one_of(columns, layer, part)
+            given = amounts.new_zeros(layer.inputs, dtype=precise).index_copy(0, columns, amounts.to(precise))
+            used = part.local.unsqueeze(-1).flatten(2).sum(-1, dtype=precise)
+            shift = torch.where(chosen, used * given[_inputs_of(layer, part)], 0.0).sum(1)
+        [shift] = sum_over_shards([part.spread(shift, 0)], [layer.weight])
+        bias = part_of(layer.bias)
+        shift = bias.take(torch.where(shift.isfinite(), shift, 0.0))
+        self._set([layer.bias], [bias.local + shift])
 
     @torch.no_grad()
     def reset_norm(self, module: str, entries: Tensor | None = None) -> None:
@@ -173,25 +198,30 @@ class Editor:
         initials = self._initial_norms[module]
         tensors: list[Tensor] = [getattr(norm, name) for name in initials]
         if entries is None:
-            self.write(tensors, list(initials.values()))
+            self.write(tensors, [part_of(getattr(norm, name)).take(initial) for name, initial in initials.items()])
             return
         for tensor in tensors:
             check_index(entries, tensor, tensor.numel(), module)
         for tensor, initial in zip(tensors, initials.values(), strict=True):
-            index = _unravelled(entries, tensor.shape)
-            self._assign(tensor, index, initial.to(tensor.device)[index])
+            part, index = part_of(tensor), _unravelled(entries, tensor.shape)
+            for dim in range(len(index)):
+                here, kept = part.find(dim, index[dim])
+                index = [here if d == dim else places[kept] for d, places in enumerate(index)]
+            values = part.take(initial.to(tensor.device))[tuple(index)]
+            self._assign(tensor, tuple(index), values, len(entries))
 
     @torch.no_grad()
     def write_masked(self, parameter: Tensor, mask: Tensor, values: Tensor) -> None:
         """Set a parameter to ``values`` (of its shape, or one for all) where ``mask`` is true."""
         check_mask(parameter, mask)
-        shape = tuple(parameter.shape)
+        held = local(parameter)
+        shape = tuple(held.shape)
         if values.shape not in ((), shape):
             raise ValueError(
                 f"write_masked needs one value or values of shape {shape}, but their shape is {tuple(values.shape)}."
             )
         check_device(values, parameter)
-        torch.where(mask, values.to(parameter.dtype), parameter, out=parameter)
+        torch.where(mask, values.to(held.dtype), held, out=held)
         self._state.renew_masked(parameter, mask)
 
     @torch.no_grad()
@@ -207,7 +237,7 @@ class Editor:
         check_device(values, parameter)
         if mask.device.type == "cpu" and len(values) != (count := int(torch.count_nonzero(mask))):
             raise ValueError(f"write_packed needs a value for each of {count} masked entries, but got {len(values)}.")
-        parameter.masked_scatter_(mask, values.to(parameter.dtype))
+        local(parameter).masked_scatter_(mask, values.to(parameter.dtype))
         self._state.renew_masked(parameter, mask)
 
     @torch.no_grad()
@@ -255,16 +285,17 @@ class Editor:
         if not tensors:
             return
         if self._state.has_lbfgs:  # which has to know of it, where anything is beyond the limit
-            self._state.restart_lbfgs([t for t in tensors if t.numel() and t.abs().amax() > limit])
-        if tensors[0].device.type == "cpu":  # one pass over each instead of two
-            for tensor in tensors:
-                tensor.clamp_(-limit, limit)
+            self._state.restart_lbfgs([t for t in tensors if local(t).numel() and local(t).abs().amax() > limit])
+        held = [local(tensor) for tensor in tensors]
+        if held[0].device.type == "cpu":  # one pass over each instead of two
+            for values in held:
+                values.clamp_(-limit, limit)
         else:
-            torch._foreach_clamp_min_(list(tensors), -limit)
-            torch._foreach_clamp_max_(list(tensors), limit)
+            torch._foreach_clamp_min_(held, -limit)
+            torch._foreach_clamp_max_(held, limit)
 
     def _set(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        torch._foreach_copy_(list(tensors), list(values))
+        torch._foreach_copy_([local(tensor) for tensor in tensors], list(values))
         self.remainders.close(tensors, values)
 
     def _find(self, name: str) -> nn.Module:
@@ -290,10 +321,11 @@ class Editor:
         return self._layers[name]
 
     def _assign(
-        self, tensor: Tensor, index: _Index, values: Tensor, view: Callable[[Tensor], Tensor] = lambda whole: whole
+        self, tensor: Tensor, index: _Index, values: Tensor, count: int, view: Callable[[Tensor], Tensor] = lambda x: x
     ) -> None:
-        view(tensor)[index] = values.to(tensor.dtype)
-        self._state.renew(tensor, index, view)
+        """Writes to entries of the part of a tensor that is here; ``count`` are written on all ranks together."""
+        view(local(tensor))[index] = values.to(tensor.dtype)
+        self._state.renew(tensor, index, count, view)
 
 
 def _initial_norm(norm: nn.Module, name: str) -> dict[str, Tensor]:
@@ -307,23 +339,29 @@ def _initial_norm(norm: nn.Module, name: str) -> dict[str, Tensor]:
         return {}
     twin = copy_to_cpu(norm)
     reset_on_cpu(twin, seed=0)
-    return {name: getattr(twin, name).detach().to(tensor) for name, tensor in tensors.items()}
+    return {name: getattr(twin, name).detach().to(t.device, t.dtype) for name, t in tensors.items()}
 
 
-def _split_rows(tensor: Tensor, layer: LayerView) -> Tensor:
-    return torch.unflatten(layer.by_output(tensor), 0, (layer.groups, -1))
+def _inputs_of(layer: LayerView, part: Part) -> Tensor:
+    """Which of a layer's inputs each entry of the part of its weight reads: a row for each output."""
+    device, width = part.local.device, layer.inputs // layer.groups
+    rows, columns = (
+        torch.arange(part.shape[dim], device=device) if (places := part.places(dim)) is None else places
+        for dim in (0, 1)
+    )
+    return (rows // (layer.outputs // layer.groups) * width).unsqueeze(1) + columns
 
 
-def _by_group(columns: Tensor, layer: LayerView) -> _Index:
-    """Where a layer's inputs are in its weight after :func:`_split_rows`."""
-    width = layer.inputs // layer.groups
-    return columns // width, slice(None), columns % width
+def _reads_one_of(columns: Tensor, layer: LayerView, part: Part) -> Tensor:
+    """Whether it is one of these inputs."""
+    chosen = torch.zeros(layer.inputs, dtype=torch.bool, device=columns.device).index_fill(0, columns, True)
+    return chosen[_inputs_of(layer, part)]
 
 
-def _unravelled(entries: Tensor, shape: torch.Size) -> _Index:
+def _unravelled(entries: Tensor, shape: torch.Size) -> list[Tensor]:
     # torch.unravel_index copies the shape to the device, and waits for that.
     index: list[Tensor] = []
     for size in reversed(shape):
         index.insert(0, entries % size)
         entries = entries // size
-    return tuple(index)
+    return index

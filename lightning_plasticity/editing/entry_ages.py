@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_plasticity.shards import local
+
 AGE = "age"  # in the optimizer's state of a parameter, so that its checkpoints have it; infinite: as old as the tensor
 _FOLLOWERS: WeakKeyDictionary[Optimizer, list[Follower]] = WeakKeyDictionary()
 
@@ -66,10 +68,12 @@ def _make_up(optimizer: Optimizer) -> None:
 def _make_up_for(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
     wide = torch.promote_types(parameter.dtype, torch.float32)
     state[AGE] = state[AGE].to(wide).add_(1)  # a loaded state has the parameter's type
-    first, second = state["exp_avg"].to(wide), state.get("max_exp_avg_sq", state["exp_avg_sq"]).to(wide).sqrt()
-    age, step = state[AGE], torch.as_tensor(state["step"]).to(parameter.device, wide)
+    second = state.get("max_exp_avg_sq", state["exp_avg_sq"])
+    first, second, age = (local(of_entries).to(wide) for of_entries in (state["exp_avg"], second, state[AGE]))
+    step = torch.as_tensor(state["step"]).to(parameter.device, wide)
+    second = second.sqrt()
     surplus = _step(first, second, step, group) - _step(first, second, age, group)
-    parameter.add_(torch.where(age.isfinite(), surplus, 0.0).mul_(group["lr"]).to(parameter.dtype))
+    local(parameter).add_(torch.where(age.isfinite(), surplus, 0.0).mul_(group["lr"]).to(parameter.dtype))
 
 
 def _step(first: Tensor, second: Tensor, count: Tensor, group: dict[str, Any]) -> Tensor:

@@ -12,6 +12,7 @@ from lightning_plasticity import checks
 from lightning_plasticity.editing.editable import check_finite
 from lightning_plasticity.layer_views import view_of
 from lightning_plasticity.names import submodule
+from lightning_plasticity.shards import part_of, whole
 
 
 class Initializer(Protocol):
@@ -82,7 +83,6 @@ class InitialDistribution:
         self._model = model
         self._init = check_init(init)
         self._moments: dict[str, tuple[float, ...]] = {}
-        self._twins: dict[str, nn.Module] = {}
         self._known: dict[str, tuple[float, ...]] = {}  # from a checkpoint, of parameters that are still to be added
         self.add(parameters)
 
@@ -95,27 +95,32 @@ class InitialDistribution:
             if self._init == "kaiming_uniform":
                 self._fan_in(name)
             elif self._init == "reset_parameters":
-                self._add_twin(name)
+                self._check_reset(name)
             elif callable(self._init):
                 self._try(name)
             if name in self._known:
                 self._moments[name] = self._known.pop(name)
                 continue
-            std, mean = torch.std_mean(parameter.detach().to(_drawn_in(parameter)), correction=0)
+            # Together, for the same numbers on any number of ranks; one tensor of one layer at a time.
+            values = whole(parameter.detach())
+            std, mean = torch.std_mean(values.to(_drawn_in(parameter)), correction=0)
             if not math.isfinite(mean.item() + std.item()):
                 check_finite({name: parameter}, "An initial distribution needs")
-            table = _quantiles(parameter) if self._init == "quantiles" else ()
+            table = _quantiles(values) if self._init == "quantiles" else ()
             self._moments[name] = (mean.item(), std.item(), *table)
 
     def draw(self, name: str, generator: torch.Generator, rows: Tensor | None = None) -> Tensor:
-        """Draw initial values of a parameter, in its dtype and on its device.
+        """Draw initial values of a parameter, in its dtype and on its device: of rows, or of the part on this rank.
+
+        What is drawn does not depend on the number of ranks: where parameters are shared out, each rank draws the rows,
+        or the whole of this one tensor, and takes its part.
 
         Args:
             name: One of the parameters recorded.
             generator: Where randomness comes from. Draws are made on its device and moved to the parameter's, so that a
                 CPU generator gives the same values on any device. (``"reset_parameters"`` waits for a CUDA generator.)
-            rows: Draw only what makes these outputs of a layer (the first dimension; in transposed convolutions the
-                second), instead of the whole parameter. The values have outputs in the first dimension.
+            rows: Draw what makes these outputs of a layer (the first dimension; in transposed convolutions the
+                second), whole, instead of the parameter. The values have outputs in the first dimension.
 
         Raises:
             KeyError: If the parameter was not recorded.
@@ -124,7 +129,8 @@ class InitialDistribution:
         mean, std, *table = self._moments[name]
         parameter = self._parameter(name)
         by_output = self._by_output(name, parameter)
-        shape = parameter.shape if rows is None else torch.Size((len(rows), *by_output(parameter).shape[1:]))
+        of_all = torch.empty(parameter.shape, device="meta")
+        shape = of_all.shape if rows is None else torch.Size((len(rows), *by_output(of_all).shape[1:]))
         options: dict[str, Any] = {"device": generator.device, "dtype": _drawn_in(parameter)}
         if self._init == "empirical":
             values = torch.randn(shape, generator=generator, **options).mul_(std).add_(mean)
@@ -137,9 +143,10 @@ class InitialDistribution:
             bound = 1 / math.sqrt(self._fan_in(name))
             values = torch.empty(shape, **options).uniform_(-bound, bound, generator=generator)
         else:
-            whole = self._draw_whole(name, generator, torch.zeros(parameter.shape, **options))
-            values = whole if rows is None else by_output(whole)[rows.to(whole.device)]
-        return values.to(parameter.device, parameter.dtype)
+            all_values = self._draw_whole(name, generator, torch.zeros(parameter.shape, **options))
+            values = all_values if rows is None else by_output(all_values)[rows.to(all_values.device)]
+        values = values.to(parameter.device, parameter.dtype)
+        return part_of(parameter).take(values) if rows is None else values
 
     def mean(self, name: str) -> float:
         """The mean of the distribution that a parameter started from: 0 for ``"kaiming_uniform"``.
@@ -210,15 +217,13 @@ class InitialDistribution:
             return view.inputs
         return math.prod(weight.shape[1:])
 
-    def _add_twin(self, name: str) -> None:
-        owner_name, owner = self._owner(name)
+    def _check_reset(self, name: str) -> None:
+        _, owner = self._owner(name)
         if not callable(getattr(owner, "reset_parameters", None)):
             raise ValueError(
                 f"init='reset_parameters' needs a module with reset_parameters(), but {name!r} belongs to a "
                 f"{type(owner).__name__}, which has none. Add one, use init='empirical', or leave the parameter out."
             )
-        if owner_name not in self._twins:
-            self._twins[owner_name] = copy_to_cpu(owner)
 
     def _try(self, name: str) -> None:
         """Draws once with a function of the user's, so that one that cannot serve is found before training."""
@@ -241,10 +246,10 @@ class InitialDistribution:
     def _draw_whole(self, name: str, generator: torch.Generator, zeros: Tensor) -> Tensor:
         if callable(self._init):
             return _with_shape_of(zeros, self._init(zeros, generator=generator), name).detach().clone()
-        owner, _, own_name = name.rpartition(".")
         seed = torch.randint(2**62, (), generator=generator, device=generator.device)
-        reset_on_cpu(self._twins[owner], int(seed))
-        return self._twins[owner].get_parameter(own_name).detach().clone()
+        twin = copy_to_cpu(self._owner(name)[1])
+        reset_on_cpu(twin, int(seed))
+        return twin.get_parameter(name.rpartition(".")[2]).detach()
 
 
 def _with_shape_of(zeros: Tensor, values: object, name: str) -> Tensor:
@@ -271,14 +276,14 @@ def _quantiles(parameter: Tensor) -> list[float]:
 
 
 def copy_to_cpu(module: nn.Module) -> nn.Module:
-    """Copy a module and its tensors to the CPU, at least in float32.
+    """Copy a module and its tensors, whole, to the CPU, at least in float32.
 
     ``copy.deepcopy`` would copy whatever the module's hooks refer to as well, up to a whole Trainer.
     """
 
     def copied(tensor: Tensor) -> Tensor:
         dtype = _drawn_in(tensor) if tensor.is_floating_point() else tensor.dtype
-        return tensor.detach().to("cpu", dtype, copy=True)
+        return whole(tensor.detach()).to("cpu", dtype, copy=True)
 
     twin = copy.copy(module)
     twin._parameters = {

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer, Rprop
 
 from lightning_plasticity.editing.entry_ages import AGE, Follower, count_ages
+from lightning_plasticity.shards import is_shared_out, local, sum_over_shards
 
 OptimizerState: TypeAlias = Literal["survivors", "reset", "keep"]
 OPTIMIZER_STATES: tuple[OptimizerState, ...] = get_args(OptimizerState)
@@ -85,30 +86,38 @@ class EntryState:
             follower.remove()
         self._followers = []
 
-    def renew(self, parameter: Tensor, index: _Index, view: Callable[[Tensor], Tensor]) -> None:
-        """Renew the entries at an index of what ``view`` makes of a tensor of the parameter's shape."""
+    def renew(self, parameter: Tensor, index: _Index, count: int, view: Callable[[Tensor], Tensor]) -> None:
+        """Renew the entries at an index of what ``view`` makes of a tensor of the parameter's shape.
+
+        Args:
+            parameter: whose state.
+            index: of entries of the part that this rank holds.
+            count: how many entries are renewed on all ranks.
+            view: how the index counts.
+        """
         self._begin_to_renew(parameter)
         for key, state, initial in self.of(parameter):
             entries = view(state)
             if not self._follows_survivors(key):
                 entries[index] = view(initial)[index]
                 continue
+            survivors = parameter.numel() - count
             old = entries[index]
             entries[index] = 0.0
-            survivors = state.numel() - old.numel()
-            mean = _sum(state) / survivors if survivors else _sum(old) / max(old.numel(), 1)
-            entries[index] = _finite(mean).to(state.dtype)
+            [total] = sum_over_shards([_sum(state) if survivors else _sum(old)], [parameter])
+            entries[index] = _finite(total / (survivors or max(count, 1))).to(state.dtype)
 
     def renew_masked(self, parameter: Tensor, mask: Tensor) -> None:
-        """Renew the entries where a mask of the parameter's shape is true."""
+        """Renew the entries where a mask of the shape of the part that this rank holds is true."""
         self._begin_to_renew(parameter)
         for key, state, initial in self.of(parameter):
             if self._follows_survivors(key):
-                survivors = mask.numel() - torch.count_nonzero(mask)
-                mean_of_all = _sum(state) / max(state.numel(), 1)
-                torch.where(mask, torch.zeros_like(mean_of_all, dtype=state.dtype), state, out=state)
-                mean = torch.where(survivors > 0, _sum(state) / survivors.clamp(min=1), mean_of_all)
-                initial = _finite(mean).to(state.dtype)
+                total = _sum(state)
+                torch.where(mask, torch.zeros_like(total, dtype=state.dtype), state, out=state)
+                survivors = torch.count_nonzero(~mask)
+                sums = sum_over_shards([total, _sum(state), survivors.double()], [parameter] * 3)
+                mean_of_all, mean = sums[0] / max(parameter.numel(), 1), sums[1] / sums[2].to(total).clamp(min=1)
+                initial = _finite(torch.where(sums[2] > 0, mean, mean_of_all)).to(state.dtype)
             torch.where(mask, initial, state, out=state)
 
     def renew_whole(self, parameters: Sequence[Tensor]) -> None:
@@ -141,8 +150,9 @@ class EntryState:
         return self._mode == "survivors" and key in _SIZES_OF_GRADIENTS
 
     def of(self, parameter: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Each such state with its name and initial value, which may be a view of the parameter: use it at once.
+        """Each such state, the part on this rank, with its name and initial value.
 
+        The initial value may be a view of the parameter: use it at once.
         State that has no value for each entry is left out, and a warning says so the first time.
         """
         for optimizer in self._optimizers:
@@ -152,9 +162,9 @@ class EntryState:
                 if key in _COUNTERS:
                     continue
                 if key == AGE and self._mode == "survivors":  # their second moment needs no making up for
-                    yield key, state, torch.full_like(state, torch.inf)
+                    yield key, local(state), torch.full_like(local(state), torch.inf)
                 elif has_the_entries_of(parameter, state):
-                    yield key, state, _initial(optimizer, key, parameter, state)
+                    yield key, local(state), _initial(optimizer, key, local(parameter), parameter, local(state))
                 elif holds_many_values(state):
                     self._warn_once(optimizer, key)
 
@@ -189,8 +199,11 @@ def _lr(optimizer: Optimizer, parameter: Tensor) -> float | Tensor:
 
 def has_the_entries_of(parameter: Tensor, state: Any) -> bool:
     """Whether a state has a value for each entry of a parameter."""
+    if not isinstance(state, Tensor) or is_shared_out(state) != is_shared_out(parameter):
+        return False
     # Quantised state, whether integers or a tensor subclass, has no entries that can be set one by one.
-    return type(state) in (Tensor, nn.Parameter) and state.shape == parameter.shape and state.is_floating_point()
+    is_plain = type(local(state)) in (Tensor, nn.Parameter) and state.is_floating_point()
+    return is_plain and state.shape == parameter.shape and local(state).shape == local(parameter).shape
 
 
 def holds_many_values(state: Any) -> bool:
@@ -201,16 +214,16 @@ def holds_many_values(state: Any) -> bool:
     return isinstance(parts, list | tuple) and any(holds_many_values(part) for part in parts)
 
 
-def _initial(optimizer: Optimizer, key: str, parameter: Tensor, state: Tensor) -> Tensor:
+def _initial(optimizer: Optimizer, key: str, held: Tensor, parameter: Tensor, state: Tensor) -> Tensor:
     if key in _COPIES_OF_THE_WEIGHT:
-        return parameter.detach().to(state.dtype)
+        return held.detach().to(state.dtype)
     start: Tensor | float = 0.0
     if isinstance(optimizer, Adagrad) and key == "sum":
         start = optimizer.defaults["initial_accumulator_value"]
     elif isinstance(optimizer, Rprop) and key == "step_size":
         start = _lr(optimizer, parameter)
     value = start.detach().to(state).reshape(()) if isinstance(start, Tensor) else state.new_full((), start)
-    return value.expand(parameter.shape)
+    return value.expand(held.shape)
 
 
 def restart_counts(optimizer: Optimizer, parameter: Tensor) -> int:
@@ -222,7 +235,7 @@ def restart_counts(optimizer: Optimizer, parameter: Tensor) -> int:
         # ASGD's step size starts from its learning rate, and products start from 1.
         start = 0.0 if key == "step" else _lr(optimizer, parameter) if key == "eta" else 1.0
         if isinstance(known[key], Tensor):
-            known[key].copy_(torch.as_tensor(start))
+            local(known[key]).copy_(torch.as_tensor(start))
         else:
             known[key] = type(known[key])(start)
     return len(counts)

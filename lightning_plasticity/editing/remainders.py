@@ -11,11 +11,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_plasticity.shards import is_shared_out, local
+
 _HALF = (torch.bfloat16, torch.float16)
 
 
 class Remainders:
     """What is kept for the parameters of a model: nothing before a small change, and nothing for float32 and float64.
+
+    Values are those of the parts of tensors that this rank holds.
 
     Nor is anything kept for buffers, which follow the batches by themselves, and differ from rank to rank.
 
@@ -43,35 +47,43 @@ class Remainders:
     def read(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors, or where they are in half precision their values in float32 with what is kept, as copies."""
         if not self._are_needed:
-            return list(tensors)
-        return [self._current(x) + x if x in self._kept else x.float() if _is_half(x) else x for x in tensors]
+            return [local(x) for x in tensors]
+        return [
+            self._current(x) + local(x) if x in self._kept else local(x).float() if _is_half(x) else local(x)
+            for x in tensors
+        ]
 
     def open(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """What :meth:`read` gives, in the memory of what is kept: to be changed in place and given to :meth:`close`."""
         if not self._are_needed:
-            return list(tensors)
-        return [self._current(x).add_(x) if _is_half(x) else x for x in tensors]
+            return [local(x) for x in tensors]
+        return [self._current(x).add_(local(x)) if _is_half(x) else local(x) for x in tensors]
 
     def close(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Write float32 values to the tensors that are in half precision, and keep what does not fit into them."""
         for tensor, value in zip(tensors, values, strict=True) if self._are_needed else ():
             if _is_half(tensor) and (value.dtype != tensor.dtype or tensor in self._kept):
-                tensor.copy_(value)
-                torch.sub(value, tensor, out=self._memory(tensor))
+                local(tensor).copy_(value)
+                torch.sub(value, local(tensor), out=self._memory(tensor))
 
     def _memory(self, tensor: Tensor) -> Tensor:
         if tensor not in self._kept:
-            self._kept[tensor] = torch.zeros_like(tensor, dtype=torch.float32)
+            self._kept[tensor] = torch.zeros_like(local(tensor), dtype=torch.float32)
         return self._kept[tensor]
 
     def _current(self, tensor: Tensor) -> Tensor:
         kept = self._memory(tensor)
-        is_small = kept.abs() <= tensor.abs().div_(16)  # which NaN is not
+        is_small = kept.abs() <= local(tensor).abs().div_(16)  # which NaN is not
         return kept.masked_fill_(is_small.logical_not_(), 0.0)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What is kept, by the parameters' names."""
-        return {name: self._kept[p].clone() for name, p in self._model.named_parameters() if p in self._kept}
+        """What is kept, by the parameters' names, of parameters that every rank has whole.
+
+        Of those that are shared out a checkpoint, which any number of ranks may load, has nothing: their remainders,
+        less than the last bit of each value, are lost where a run is resumed.
+        """
+        named = self._model.named_parameters()
+        return {name: self._kept[p].clone() for name, p in named if p in self._kept and not is_shared_out(p)}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Take back what :meth:`state_dict` gave.

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.distributed import is_sharded
 from lightning_plasticity.names import original
+from lightning_plasticity.shards import is_shared_out
 from lightning_plasticity.units.examining import undisturbed
 from lightning_plasticity.units.probing import Network
 from lightning_plasticity.units.wiring import Group, Wiring
@@ -127,7 +127,7 @@ def _refuse_unprobeable(model: nn.Module) -> None:
             raise ValueError(
                 f"Parameter {name!r} is on the meta device and has no values. Materialise the model first."
             )
-        if is_sharded(parameter):
+        if is_shared_out(parameter):
             raise ValueError(
                 f"Finding hidden units needs whole parameters on every rank, but {name!r} is sharded (FSDP, DeepSpeed "
                 "stage 3 or tensor parallelism). Find them before the model is sharded, or use a strategy that keeps "

@@ -112,7 +112,6 @@ def test_model_that_is_never_called_as_a_module() -> None:
 @pytest.mark.parametrize(
     ("mark", "by"),
     [
-        ("device_mesh", "FSDP2 or tensor parallelism"),
         ("_is_flat_param", "FSDP1, .* strategy='fsdp'"),
         ("_fsdp_flattened", "FSDP1, .* strategy='fsdp'"),
         ("ds_id", "DeepSpeed stage 3"),
