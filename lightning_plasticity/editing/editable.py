@@ -31,7 +31,7 @@ def check_own_shapes(model: nn.Module, needs: str) -> None:
         if _is_flattened(parameter):
             by = "DeepSpeed stage 3" if hasattr(parameter, "ds_id") else "FSDP1, as by strategy='fsdp'"
             raise RuntimeError(
-                f"{needs} parameters that keep their shapes, but {name!r} is sharded ({by}, makes flat pieces of them). "
+                f"{needs} parameters that keep their shapes, but {name!r} is sharded ({by}, makes flat pieces). "
                 "Use ModelParallelStrategy, which shards by FSDP2, or strategy='ddp', which keeps parameters whole."
             )
 
