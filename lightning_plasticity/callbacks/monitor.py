@@ -19,7 +19,7 @@ from typing_extensions import override
 from lightning_plasticity import checks
 from lightning_plasticity.editing.editable import check_whole
 from lightning_plasticity.engine.schedule import Schedule
-from lightning_plasticity.engine.settings import ShowsSettings
+from lightning_plasticity.engine.settings import ShowsSettings, without_links
 from lightning_plasticity.monitoring.features import inputs_and_targets_of
 from lightning_plasticity.monitoring.measures import Measures, mean_and_layers, named
 from lightning_plasticity.monitoring.pictures import Record, picture, send_figure, send_numbers
@@ -267,8 +267,8 @@ class PlasticityMonitor(ShowsSettings, Callback):
         self._measures.load_state_dict(state_dict["metrics"])
 
     def __getstate__(self) -> dict[str, Any]:
-        # A weak reference cannot be pickled; a copy in another process has no other model to confuse with this one.
-        return {**vars(self), "_measured": None}
+        # A copy, pickled or not, has no part in the fit that goes on, and no other model to confuse with this one.
+        return {**without_links(vars(self)), "_session": None, "_measured": None}
 
 
 def _can_draw() -> bool:

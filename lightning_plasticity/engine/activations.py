@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_plasticity.engine.base import PlasticityCallback
-from lightning_plasticity.engine.forward import in_backward
+from lightning_plasticity.engine.forward import ModelHook, in_backward
 from lightning_plasticity.engine.unit_sets import Reader, channels_of
 from lightning_plasticity.units.examining import is_examining
 
@@ -83,7 +83,7 @@ class Activations:
         self._totals, self._sizes = sums[0, 0], sums[1, 0]
         self._parts = [(sums[0, :, reader.columns], sums[1, :, reader.columns]) for reader in self._readers]
 
-    def hook(self, layer: nn.Module, readers: Sequence[Reader]) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(self, layer: nn.Module, readers: Sequence[Reader]) -> ModelHook:
         """What to call with the arguments and keyword arguments of each call of a layer."""
         channels = channels_of(layer)
         dim = -1 - len(layer.kernel_size) if isinstance(layer, _ConvNd) else -1
@@ -117,7 +117,8 @@ class Activations:
                     inputs = x.movedim(dim, -1).flatten(0, -2)
                     self._inputs.setdefault(reader.number, []).append(inputs.clone() if is_lent else inputs)
 
-        uncompiled, number = self._callback.uncompiled(hear), torch.tensor(next(_numbers), device="cpu")
+        uncompiled: Callable[[Tensor, bool], None] = torch.compiler.disable(hear)  # type: ignore[no-untyped-call]
+        number = torch.tensor(next(_numbers), device="cpu")
         _listeners[int(number)] = hear
 
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -127,7 +128,7 @@ class Activations:
             elif not _is_exporting():
                 torch.ops.lightning_plasticity.hear(number, x.detach())
 
-        return hook
+        return ModelHook(hook)
 
     def _is_first_and_only(self, readers: Sequence[Reader]) -> bool:
         """Whether what the one reader of a layer is given need not be added to anything, picked from or kept."""

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_plasticity.distributed import all_ranks_have, any_rank_has, gather_objects, world_size
 from lightning_plasticity.engine.forward import (
+    ModelHook,
     allow_compiled_code,
     forget_compiled_code,
     in_backward,
@@ -116,7 +117,7 @@ class Examination:
         for name, module in named_modules_as_written(self._scope, self._name):
             if next(module.parameters(), None) is None:
                 continue
-            hook = torch.compiler.disable(partial(self._before_call, name))  # type: ignore[no-untyped-call]
+            hook = ModelHook(torch.compiler.disable(partial(self._before_call, name)))  # type: ignore[no-untyped-call]
             # prepended, to run before hooks that change the arguments
             self._hooks[name] = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
         self.is_settled = False

@@ -4,13 +4,37 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import nn
 
 _reasons_to_run_eagerly: set[int] = set()
 _eager = ExitStack()
+
+
+class ModelHook:
+    """A hook on a module of a model, which does nothing in a copy of the model, pickled or not.
+
+    Args:
+        function: what it calls.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> None:
+        """Calls it."""
+        self._function(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_function": _do_nothing}
+
+
+def _do_nothing(*_: Any) -> None:
+    pass
 
 
 def run_eagerly(reason: object) -> None:

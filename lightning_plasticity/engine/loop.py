@@ -23,9 +23,9 @@ from lightning_plasticity.editing.editable import check_trains, check_whole
 from lightning_plasticity.editing.edits import Editor, OptimizerState
 from lightning_plasticity.editing.optimizer_state import OPTIMIZER_STATES
 from lightning_plasticity.engine.examination import Examination, Question
-from lightning_plasticity.engine.forward import forget_compiled_code
+from lightning_plasticity.engine.forward import ModelHook, forget_compiled_code
 from lightning_plasticity.engine.method import Method
-from lightning_plasticity.engine.settings import ShowsSettings
+from lightning_plasticity.engine.settings import ShowsSettings, without_links
 from lightning_plasticity.engine.state import VERSION, check_state
 from lightning_plasticity.engine.steps import OptimizerSteps, unwrapped
 from lightning_plasticity.names import original
@@ -113,7 +113,9 @@ class LoopMethod(ShowsSettings, Method, ABC):
     def step(self) -> None:
         """Acts once for each real optimizer step since the last call. To be called after ``optimizer.step()``.
 
-        Where no optimizer has stepped, as when a gradient scaler has skipped it, what was heard since is forgotten.
+        Where no optimizer has stepped, as when a gradient scaler has skipped it, what was heard since is forgotten. A loop
+        that leaves a batch out calls ``step()`` before its ``continue`` for that: a forward pass without it counts for
+        the next step, as one of several batches that are accumulated does, unless it was not finite.
         """
         if self._model is None:
             raise RuntimeError(f"{type(self).__name__}.step() needs a model. Call attach(model, optimizer) first.")
@@ -207,9 +209,9 @@ class LoopMethod(ShowsSettings, Method, ABC):
         """Takes care of a hook: it is removed when the method is detached."""
         self._handles.append(handle)
 
-    def uncompiled(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+    def uncompiled(self, hook: Callable[..., None]) -> ModelHook:
         """A hook that compilers leave alone: they would guard on all it reads, and compile anew when that changes."""
-        return torch.compiler.disable(hook)  # type: ignore[no-untyped-call, no-any-return]
+        return ModelHook(torch.compiler.disable(hook))  # type: ignore[no-untyped-call]
 
     def leave_alone(self, name: str, what: str) -> None:
         """Says, once for each part of the model, that nothing is decided by what is not finite."""
@@ -377,6 +379,24 @@ class LoopMethod(ShowsSettings, Method, ABC):
         self.editor.remainders.load_state_dict(state_dict.get("remainders", {}))
         self._restore(state_dict["method"])
 
+    # ---- copies
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For copies, pickled or not: they are attached to nothing, and go on from here when they are attached."""
+        return super().__reduce_ex__(protocol) if self._model is None else (_itself, (self._unattached(),))
+
+    def _unattached(self) -> Self:
+        args, kwargs = self._arguments
+        copied = type(self)(*args, **kwargs)
+        settings = vars(copied).keys() - {"optimizers"}
+        vars(copied).update({name: vars(self)[name] for name in settings if not name.startswith("_")})
+        copied.load_state_dict(self.state_dict())
+        return copied
+
     def __getstate__(self) -> dict[str, Any]:
-        # A weak reference cannot be pickled; a copy in another process has no other model to confuse with this one.
-        return {**vars(self), "_saved_of": None}
+        # A weak reference cannot be pickled; a copy has no other model to confuse with this one.
+        return {**without_links(vars(self)), "_saved_of": None}
+
+
+def _itself(method: LoopMethod) -> LoopMethod:
+    return method

@@ -1,8 +1,9 @@
-"""How a callback shows itself: as it was made."""
+"""How a callback shows itself: as it was made; and what of it a copy has."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from typing_extensions import Self, override
@@ -30,3 +31,8 @@ class ShowsSettings:
             if value is not None and not (isinstance(value, (tuple, list, dict)) and not value)
         ]
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def without_links(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes of a callback without those by which a Trainer ties it to the model: ``log`` and ``log_dict``."""
+    return {name: value for name, value in attributes.items() if name not in ("log", "log_dict")}

@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from lightning_plasticity.engine.examination import Part, is_inside
-from lightning_plasticity.engine.forward import allow_compiled_code, run_eagerly
+from lightning_plasticity.engine.forward import ModelHook, allow_compiled_code, run_eagerly
 from lightning_plasticity.names import named_modules_as_written, submodule
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.find import Findings, HiddenUnits
@@ -132,11 +132,11 @@ class FeatureReader:
         entries = slots.entry[slots.unit.argsort(stable=True)].view(units.size, -1).to(weight.device)
         dim = -1 - len(consumer.kernel_size) if isinstance(consumer, _ConvNd) else -1
 
-        def read(_: nn.Module, args: Any) -> None:
+        def read(_: nn.Module, args: Any, kwargs: Any) -> None:
             if self._hears():
-                self._receive(name, by_unit(args[0].detach(), entries, dim))
+                self._receive(name, by_unit((args[0] if args else kwargs["input"]).detach(), entries, dim))
 
-        self._add(partial(consumer.register_forward_pre_hook, read))
+        self._add(partial(consumer.register_forward_pre_hook, ModelHook(read), with_kwargs=True))
 
     def _read_output(self, name: str, module: nn.Module) -> None:
         def read(_: nn.Module, args: Any, output: Any) -> None:
@@ -149,7 +149,7 @@ class FeatureReader:
                 )
             self._receive(name, output.detach())
 
-        self._add(partial(module.register_forward_hook, read))
+        self._add(partial(module.register_forward_hook, ModelHook(read)))
 
     def _add(self, register: Callable[[], RemovableHandle]) -> None:
         self._registers.append(register)

@@ -18,6 +18,7 @@ from contract.training import (
     Batches,
     LightningNetwork,
     PytorchLightningNetwork,
+    assert_same,
     difference,
     fit,
     hooks,
@@ -577,3 +578,16 @@ def test_two_monitors_with_schedules_of_their_own():
 def test_attach_says_that_a_trainer_is_needed():
     with pytest.raises(RuntimeError, match=r"measures in a Trainer, got attach\(\)"):
         PlasticityMonitor().attach(nn.Linear(2, 2))
+
+
+def test_layers_that_are_called_by_keyword() -> None:
+    class ByKeyword(LightningNetwork):
+        def forward(self, x):
+            for layer in self.net:
+                x = layer(input=x)
+            return x
+
+    monitor, other = (PlasticityMonitor(every_n_train_steps=2) for _ in range(2))
+    fit(monitor, module=ByKeyword)
+    fit(other)
+    assert_same(monitor.history, other.history)

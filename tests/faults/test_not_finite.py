@@ -132,6 +132,31 @@ def test_what_a_skipped_batch_of_a_trainer_gave_does_not_count(case: Case) -> No
     assert_same(heard.state_dict(), silent.state_dict())
 
 
+@every_method
+def test_a_loop_that_leaves_a_batch_out_says_so(case: Case) -> None:
+    """What was heard of it is forgotten at the call of `step` that no step of the optimizer comes before."""
+
+    def run(looks_at_it: bool) -> Any:
+        model, method = seeded(Network), case.make()
+        model.net.norm = nn.Identity()
+        optimizer = adam(model.parameters())
+        method.attach(model, optimizer, (torch.zeros(2, 6),))
+        for i, (x, y) in enumerate([*Batches(), *Batches()]):
+            optimizer.zero_grad()
+            if i % 4 == 1:
+                if looks_at_it:
+                    cross_entropy(model(3 * x), y).backward()
+                    method.step()
+                continue
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+            method.step()
+        method.detach()
+        return weights(model), method.state_dict()
+
+    assert_same(run(looks_at_it=True), run(looks_at_it=False))
+
+
 def test_redo_leaves_a_layer_alone_and_says_so_once() -> None:
     model = without_norm()
     optimizer = adam(model.parameters())
