@@ -113,9 +113,9 @@ class LoopMethod(ShowsSettings, Method, ABC):
     def step(self) -> None:
         """Acts once for each real optimizer step since the last call. To be called after ``optimizer.step()``.
 
-        Where no optimizer has stepped, as when a gradient scaler has skipped it, what was heard since is forgotten. A loop
-        that leaves a batch out calls ``step()`` before its ``continue`` for that: a forward pass without it counts for
-        the next step, as one of several batches that are accumulated does, unless it was not finite.
+        Where no optimizer has stepped, as when a gradient scaler has skipped it, what was heard since is forgotten.
+        For that a loop that leaves a batch out calls ``step()`` before its ``continue``: otherwise the forward pass
+        counts for the next step, as one of several batches that are accumulated does, unless it was not finite.
         """
         if self._model is None:
             raise RuntimeError(f"{type(self).__name__}.step() needs a model. Call attach(model, optimizer) first.")
