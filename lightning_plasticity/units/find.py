@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_plasticity.names import original
 from lightning_plasticity.shards import is_shared_out
 from lightning_plasticity.units.examining import undisturbed
-from lightning_plasticity.units.probing import Network
+from lightning_plasticity.units.network import Network
 from lightning_plasticity.units.wiring import Group, Wiring
 
 

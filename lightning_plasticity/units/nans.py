@@ -24,12 +24,30 @@ def any_nan(x: Tensor) -> bool:
     return bool(x.amax().isnan()) if _maximum_tells(x) else bool(x.isnan().any())
 
 
+def nan_along(x: Tensor, dims: list[int]) -> Tensor:
+    """Whether a NaN is anywhere along these dimensions, which are kept with one entry."""
+    if not dims:
+        return x.isnan()
+    return x.amax(dims, keepdim=True).isnan() if _maximum_tells(x) else x.isnan().any(dim=dims, keepdim=True)
+
+
+def all_nan_along(x: Tensor, dims: list[int]) -> Tensor:
+    """Whether there is nothing but NaN along these dimensions, which are kept with one entry."""
+    if not dims:
+        return x.isnan()
+    if not _maximum_tells(x):
+        return x.isnan().all(dim=dims, keepdim=True)
+    # where there is a number at all, the least of them is not above the greatest
+    return clean(x, math.inf).amin(dims, keepdim=True) > clean(x, -math.inf).amax(dims, keepdim=True)
+
+
 def nan_channels(x: Tensor, dim: int) -> Tensor:
     """For each index of ``dim`` whether a NaN is anywhere in it."""
-    others = [d for d in range(x.ndim) if d != dim % x.ndim]
-    if not others:
-        return x.isnan()
-    return x.amax(others).isnan() if _maximum_tells(x) else x.isnan().any(dim=others)
+    return nan_along(x, _others(x, dim)).flatten()
+
+
+def _others(x: Tensor, dim: int) -> list[int]:
+    return [d for d in range(x.ndim) if d != dim % x.ndim]
 
 
 def clean(x: Tensor, number: float = 0.0) -> Tensor:
@@ -44,21 +62,16 @@ def ones_for_nan(x: Tensor) -> Tensor:
     return clean(x, 1.0)
 
 
+def with_nan(x: Tensor, where: Tensor) -> Tensor:
+    """NaN where a mask of few entries, which is broadcast, says so; a product with one changes no bit of the rest."""
+    return x * torch.where(where.to(x.device), math.nan, 1.0).to(x.dtype)
+
+
 def set_channels_nan(x: Tensor, dim: int, channels: Tensor) -> Tensor:
-    """NaN in all of the channels of a mask; a product with one changes no bit of the others."""
-    factors = torch.where(channels.to(x.device), math.nan, 1.0).to(x.dtype)
+    """NaN in all of the channels of a mask."""
     shape = [1] * x.ndim
     shape[dim] = -1
-    return x * factors.view(shape)
-
-
-def _nan_as_a_whole(x: Tensor, dim: int) -> Tensor:
-    """For each index of ``dim`` whether it is NaN everywhere."""
-    others = [d for d in range(x.ndim) if d != dim % x.ndim]
-    if not (others and _maximum_tells(x)):
-        return x.isnan().all(dim=others) if others else x.isnan()
-    # where there is a number at all, the least of them is not above the greatest
-    return clean(x, math.inf).amin(others) > clean(x, -math.inf).amax(others)
+    return with_nan(x, channels.view(shape))
 
 
 class NaNs:
@@ -72,21 +85,26 @@ class NaNs:
 
     def __init__(self, x: Tensor, dim: int | None) -> None:
         self.x = x
+        self._along = None if dim is None else _others(x, dim)
         self.any = any_nan(x)
-        self._dim = dim or 0
-        self._channels = nan_channels(x, dim) if self.any and dim is not None else None
-        if self._channels is not None and not torch.equal(self._channels, _nan_as_a_whole(x, self._dim)):
+        self._channels = nan_along(x, self._along) if self.any and self._along is not None else None
+        if self._channels is not None and not torch.equal(self._channels, all_nan_along(x, self._along or [])):
             self._channels = None
-        self._mask = x.isnan() if self.any and self._channels is None else None
 
     def are_exceeded_by(self, output: Tensor) -> bool:
         """Whether a tensor of the same shape is NaN where this one is not."""
         if self._channels is not None:
-            return bool((nan_channels(output, self._dim) & ~self._channels).any())
-        return any_nan(output) if self._mask is None else bool((output.isnan() & ~self._mask).any())
+            return bool((nan_along(output, self._along or []) & ~self._channels).any())
+        return bool((output.isnan() & ~self.x.isnan()).any())
 
     def put_into(self, output: Tensor) -> Tensor:
         """A tensor of the same shape, with NaN where this one is."""
         if self._channels is not None:
-            return set_channels_nan(output, self._dim, self._channels)
-        return output if self._mask is None else output.masked_fill(self._mask, math.nan)
+            return with_nan(output, self._channels)
+        return output.masked_fill(self.x.isnan(), math.nan)
+
+
+def is_elementwise(y: Tensor) -> bool:
+    """Whether, of a tensor that was computed with NaN in the first entry only, that entry alone is NaN."""
+    nans = y.isnan()
+    return int(nans.sum()) == 1 < y.numel() and bool(nans[(0,) * y.ndim])

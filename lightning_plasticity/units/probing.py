@@ -13,33 +13,33 @@ units cannot be mistaken for one that is fed by a single one, and about ``log2(c
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from lightning_plasticity.layer_views import view_of
-from lightning_plasticity.names import named_modules_as_written
 from lightning_plasticity.units.channels import (
-    TORCH_NORMS,
     Layer,
-    is_norm,
     map_tensors,
     norm_dims,
     tensors_in,
 )
-from lightning_plasticity.units.examining import quietly, random_states
-from lightning_plasticity.units.nans import NaNs, any_nan, clean, nan_channels, ones_for_nan, set_channels_nan
-
-# Layers that mix their input channels in a way for which no column of one weight belongs to one input channel.
-_OPAQUE = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
-_DROPOUTS = (nn.modules.dropout._DropoutNd,)
+from lightning_plasticity.units.examining import quietly
+from lightning_plasticity.units.nans import (
+    NaNs,
+    any_nan,
+    clean,
+    is_elementwise,
+    nan_channels,
+    ones_for_nan,
+    set_channels_nan,
+)
+from lightning_plasticity.units.network import Network
+from lightning_plasticity.units.stand_ins import attended, signature
 
 _ACTIVATIONS = frozenset(
     (
@@ -50,6 +50,14 @@ _ACTIVATIONS = frozenset(
 )
 _PRODUCTS = frozenset(["mul", "multiply", "__mul__", "__rmul__", "__imul__"])
 LAYER_CALLS = frozenset(["linear", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))])
+MATRIX_CALLS = LAYER_CALLS | frozenset(
+    (
+        *("matmul", "__matmul__", "__rmatmul__", "mm", "addmm", "bmm", "baddbmm", "einsum", "tensordot", "bilinear"),
+        "multi_head_attention_forward",
+        *(f"{kind}{cell}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for cell in ("", "_cell")),
+    )
+)
+_ATTENTION = "scaled_dot_product_attention"
 _SOFTMAXES = frozenset(["softmax", "log_softmax", "softmin"])
 _SCALAR_READS = frozenset(["item", "tolist", "__bool__", "__float__", "__int__", "__index__"])
 _LOOKS_FOR_NAN = frozenset(["isfinite", "isnan", "isinf", "isposinf", "isneginf"])
@@ -67,90 +75,13 @@ class StopRun(BaseException):
     """Ends a run early. Not an ``Exception``, so that a network's own handlers let it through."""
 
 
-class Network:
-    """A network, its example input, and one way to run it so that nothing remains."""
-
-    def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self.model, self.args, self.kwargs = model, args, kwargs
-        modules = dict(named_modules_as_written(model))
-        views = {name: view_of(module) for name, module in modules.items()}
-        self.layers = [Layer(name, view) for name, view in views.items() if view is not None]
-        self.norms = {name: m for name, m in modules.items() if is_norm(m)}
-        self.opaque = {name: m for name, m in modules.items() if isinstance(m, _OPAQUE)}
-        known = {layer.module for layer in self.layers} | {*self.norms.values()}
-        self.foreign = {  # modules that may be layers of kinds that are not known
-            name: m for name, m in modules.items() if not (m in known or isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
-        }
-        self.mixing: set[str] = set()  # norms in which one channel's NaN reaches others
-        self.nan_of_its_own = False  # whether it looks for NaN and finds some without our doing
-        self.training_path = False
-        self.runs = 0
-        self._put_random_states_back = random_states(model)
-        self._mark_unusable_weights()
-
-    def __str__(self) -> str:
-        return type(self.model).__name__
-
-    def _mark_unusable_weights(self) -> None:
-        owners: dict[int, list[str]] = defaultdict(list)
-        for name, module in named_modules_as_written(self.model):
-            for key, parameter in module.named_parameters(recurse=False):
-                owners[id(parameter)].append(f"{name}.{key}".lstrip("."))
-        for layer in self.layers:
-            weight = layer.module._parameters.get("weight")
-            if weight is None:
-                layer.reason = "its weight is computed (parametrized or weight-normalised), not a parameter"
-            elif isinstance(layer.module, _ConvTransposeNd) and layer.module.groups > 1:
-                layer.reason = f"it is a transposed convolution with groups={layer.module.groups}"
-            elif not weight.is_floating_point():
-                layer.reason = f"its weight has the type {weight.dtype}, not a floating-point one"
-            elif len(owners[id(weight)]) > 1:
-                others = ", ".join(o for o in owners[id(weight)] if o != f"{layer.name}.weight".lstrip("."))
-                layer.reason = f"it shares its weight with {others}"
-
-    def set_modes(self) -> None:
-        """Evaluation mode; on the training path containers train while norms, dropouts and other leaves evaluate."""
-        for module in self.model.modules():
-            leaf = next(module.children(), None) is None or isinstance(module, (*TORCH_NORMS, *_DROPOUTS))
-            module.training = self.training_path and not leaf
-
-    def run(self, watch: Watch) -> Any:
-        """One forward pass under ``watch``; None where it ended early."""
-        self.runs += 1
-        self.set_modes()
-        self._put_random_states_back()
-        handles = [
-            layer.module.register_forward_pre_hook(watch.before_layer(layer), with_kwargs=True) for layer in self.layers
-        ]
-        handles += [layer.module.register_forward_hook(watch.after_layer(layer)) for layer in self.layers]
-        handles += [
-            m.register_forward_pre_hook(watch.before_opaque(n), with_kwargs=True) for n, m in self.opaque.items()
-        ]
-        for name, module in self.norms.items():
-            handles.append(module.register_forward_pre_hook(watch.before_norm(name)))
-            handles.append(module.register_forward_hook(watch.after_norm(name), with_kwargs=True))
-        try:
-            with quietly(), watch:
-                outputs = self.model(*self.args, **self.kwargs)
-            watch.finish(outputs)
-            return outputs
-        except StopRun:
-            return None
-        except Exception as error:
-            if watch.refuses(error):
-                raise
-            return None
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
 def describe(error: BaseException | None) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _has_nan(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def has_nan(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a NaN is anywhere in a function's arguments."""
     return any(any_nan(x) for x in tensors_in((args, kwargs)))
 
 
@@ -162,11 +93,22 @@ def _without_nan(name: str, func: Callable[..., Any], args: Sequence[Any], kwarg
     return func(*args, **kwargs).masked_fill_(nans, math.nan)
 
 
+def _keeps_apart(module: nn.Module, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a normalisation layer hands on NaN of one entry of its input to that entry of its output alone."""
+    with_one = x.clone()
+    with_one[(0,) * x.ndim] = math.nan
+    try:
+        return is_elementwise(module.forward(with_one, *args, **kwargs))
+    except Exception:  # it checks its values
+        return False
+
+
 class Watch(TorchFunctionMode):
     """What is done to a forward pass and written down of it; this base does nothing, each kind of run its part."""
 
     marks = False  # whether units are NaN in this run
-    looks_at_parameters = False  # whether to be told of functions' arguments
+    surveys = False  # whether to look at functions' parameters, at what they compute, and at norms
+    stands_in = False  # whether numbers do not count, so that others may stand in for those of matrix products
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -175,7 +117,38 @@ class Watch(TorchFunctionMode):
         self._events = 0
         self._active: list[Layer] = []
         self._carried: list[Tensor] = []  # which input channels of a passed layer are NaN
-        self._inside_norms: list[NaNs | None] = []  # the inputs of the norms that are running
+        self._arrived: Tensor | None = None  # what the layer that is running was given
+        self._inside_norms: list[tuple[Tensor | None, NaNs | None]] = []  # inputs of norms that are running, their NaN
+
+    def run(self) -> Any:
+        """One forward pass of the network under this watch; None where it ended early."""
+        network = self.network
+        network.runs += 1
+        network.set_modes()
+        network.put_random_states_back()
+        handles = []
+        for layer in network.layers:
+            handles.append(layer.module.register_forward_pre_hook(self.before_layer(layer), with_kwargs=True))
+            handles.append(layer.module.register_forward_hook(self.after_layer(layer)))
+        for name, opaque in network.opaque.items():
+            handles.append(opaque.register_forward_pre_hook(self.before_opaque(name), with_kwargs=True))
+        for name, norm in network.norms.items():
+            handles.append(norm.register_forward_pre_hook(self.before_norm(name)))
+            handles.append(norm.register_forward_hook(self.after_norm(name), with_kwargs=True))
+        try:
+            with quietly(), self:
+                outputs = network.model(*network.args, **network.kwargs)
+            self.finish(outputs)
+            return outputs
+        except StopRun:
+            return None
+        except Exception as error:
+            if self.refuses(error):
+                raise
+            return None
+        finally:
+            for handle in handles:
+                handle.remove()
 
     # ---- what a kind of run may override
 
@@ -213,12 +186,27 @@ class Watch(TorchFunctionMode):
         """A softmax over ``dim``, or scores of attention (None) are made of ``x``; returns what to take instead."""
         return x
 
+    def stand_in(self, call: Hashable, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """What stands in for a matrix product, None where it is to be computed: here where NaN comes into it.
+
+        Attention may hand on the NaN of whole channels of its values.
+        """
+        value = args[2] if name == _ATTENTION else None
+        if any(any_nan(x) for x in self.in_doubt(args, kwargs) if x is not value):
+            return None
+        result = self.network.stand_ins.give(call)
+        return result if result is None or value is None else attended(result, value)
+
     def finish(self, outputs: Any) -> None:
         """The forward pass is over."""
 
     def refuses(self, error: Exception) -> bool:
         """The network's own code has raised an error; returns whether it is to be raised again."""
         return True
+
+    def in_doubt(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The tensors among the arguments other than parameters and what the running layer was given."""
+        return [x for x in tensors_in((args, kwargs)) if not (x is self._arrived or isinstance(x, nn.Parameter))]
 
     # ---- hooks
 
@@ -237,9 +225,11 @@ class Watch(TorchFunctionMode):
             self._active.append(layer)
             with self._pause():
                 if args:
-                    return (self._arrive(layer, args[0]), *args[1:]), kwargs
+                    self._arrived = self._arrive(layer, args[0])
+                    return (self._arrived, *args[1:]), kwargs
                 key, x = next(iter(kwargs.items()))
-                return args, {**kwargs, key: self._arrive(layer, x)}
+                self._arrived = self._arrive(layer, x)
+                return args, {**kwargs, key: self._arrived}
 
         return hook
 
@@ -248,6 +238,7 @@ class Watch(TorchFunctionMode):
 
         def hook(_: nn.Module, __: Any, output: Any) -> Any:
             self._active.pop()
+            self._arrived = None
             with self._pause():
                 return self._leave(layer, output) if isinstance(output, Tensor) else output
 
@@ -286,15 +277,15 @@ class Watch(TorchFunctionMode):
         """
 
         def hook(module: nn.Module, args: Any) -> Any:
-            if not args or not isinstance(args[0], Tensor):
-                self._inside_norms.append(None)
-                return None
+            x = args[0] if args and isinstance(args[0], Tensor) else None
             with self._pause():
-                dim = norm_dims(module, args[0])
-                self.passes_norm(name, args[0], dim)
-                nans = NaNs(args[0], dim)
-                self._inside_norms.append(nans)
-                return (clean(nans.x), *args[1:]) if nans.any and name in self.network.mixing else None
+                dim = None if x is None else norm_dims(module, x)
+                if x is not None:
+                    self.passes_norm(name, x, dim)
+                nans = None if x is None or name in self.network.elementwise else NaNs(x, dim)
+                self._inside_norms.append((x, nans))
+                mixes = nans is not None and nans.any and name in self.network.mixing
+                return (clean(args[0]), *args[1:]) if mixes else None
 
         return hook
 
@@ -302,13 +293,17 @@ class Watch(TorchFunctionMode):
         """The hook on a normalisation layer: where NaN spread in it, run it again on clean input and put NaN back."""
 
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            nans = self._inside_norms.pop()
-            if nans is None or not nans.any or not isinstance(output, Tensor) or output.shape != nans.x.shape:
+            x, nans = self._inside_norms.pop()
+            if x is None or not isinstance(output, Tensor) or output.shape != x.shape:
                 return None
             with self._pause():
+                if self.surveys and _keeps_apart(module, x, args[1:], kwargs):
+                    self.network.elementwise.add(name)
+                if nans is None or not nans.any:
+                    return None
                 if name not in self.network.mixing and nans.are_exceeded_by(output):
                     self.network.mixing.add(name)
-                    output = module.forward(clean(nans.x), *args[1:], **kwargs)
+                    output = module.forward(clean(x), *args[1:], **kwargs)
                 return nans.put_into(output)
 
         return hook
@@ -329,7 +324,7 @@ class Watch(TorchFunctionMode):
         if (
             (name in _SCALAR_READS or carries_no_nan)
             and not (self._inside_norms or name in _LOOKS_FOR_NAN)
-            and _has_nan(args, kwargs)
+            and has_nan(args, kwargs)
         ):
             self.decides(name)
         return result
@@ -341,20 +336,33 @@ class Watch(TorchFunctionMode):
         """
         if name in _LOOKS_FOR_NAN or name in _REPLACES_NAN:
             if not self.marks:
-                self.network.nan_of_its_own |= _has_nan(args, kwargs)
+                self.network.nan_of_its_own |= has_nan(args, kwargs)
             elif not self.network.nan_of_its_own:
                 return _without_nan(name, func, args, kwargs)
         try:
-            if not (self.marks and name in _SCALAR_READS and _has_nan(args, kwargs)):
-                return func(*args, **kwargs)
+            if not (self.marks and name in _SCALAR_READS and has_nan(args, kwargs)):
+                return self._compute(name, func, args, kwargs)
         except Exception:
-            if not (self.marks and _has_nan(args, kwargs)):
+            if not (self.marks and has_nan(args, kwargs)):
                 raise
         self.decides(name)
         return func(*map_tensors(ones_for_nan, args), **map_tensors(ones_for_nan, kwargs))
 
+    def _compute(self, name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Calls a function, or takes what stands in for it."""
+        if not (self.surveys or self.stands_in) or not (name in MATRIX_CALLS or name == _ATTENTION):
+            return func(*args, **kwargs)
+        call = signature(self._active[-1].name if self._active else "", name, args, kwargs)
+        with self._pause():
+            result = self.stand_in(call, name, args, kwargs) if self.stands_in else None
+        if result is None:
+            result = func(*args, **kwargs)
+        if self.surveys:
+            self.network.stand_ins.keep(call, result)
+        return result
+
     def _before_call(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[Any]:
-        if self.looks_at_parameters:
+        if self.surveys:
             self.uses_parameters(name, [*args, *kwargs.values()])
         kind = name.rstrip("_")
         if kind in _ACTIVATIONS and args:
@@ -362,8 +370,8 @@ class Watch(TorchFunctionMode):
                 kind = "relu6"  # what nn.ReLU6 calls
             self._events += 1
             # within a norm, its input tells which channels these are: the norm may have mixed them already
-            inside = self._inside_norms[-1] if self._inside_norms else None
-            self.activates(self._events, kind, args[0] if inside is None else inside.x)
+            inside = self._inside_norms[-1][0] if self._inside_norms else None
+            self.activates(self._events, kind, args[0] if inside is None else inside)
         elif self._inside_norms:
             return args
         elif (name in _PRODUCTS or kind == "mul") and len(args) == 2:
@@ -375,7 +383,7 @@ class Watch(TorchFunctionMode):
                 self.mixes(self._events, "a softmax, which mixes them", args[0], dim if isinstance(dim, int) else -1),
                 *args[1:],
             )
-        elif name == "scaled_dot_product_attention":
+        elif name == _ATTENTION:
             args = (*args, *(kwargs.pop(key) for key in ("query", "key", "value")[len(args) :]))
             self._events += 2
             scores = "the scores of attention, which mix them"

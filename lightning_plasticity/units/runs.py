@@ -2,117 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
-from lightning_plasticity.layer_views import TORCH_LAYERS
-from lightning_plasticity.units.channels import Layer, Site, tensors_in, weights_of
+from lightning_plasticity.units.channels import Layer, Site, tensors_in
 from lightning_plasticity.units.nans import any_nan, clean, nan_channels, set_channels_nan
-from lightning_plasticity.units.probing import LAYER_CALLS, Network, StopRun, Watch, describe
-
-T = TypeVar("T")
-
-_MATRIX_CALLS = LAYER_CALLS | frozenset(
-    (
-        *("matmul", "__matmul__", "__rmatmul__", "mm", "addmm", "bmm", "baddbmm", "einsum", "tensordot", "bilinear"),
-        "multi_head_attention_forward",
-        *(f"{kind}{cell}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for cell in ("", "_cell")),
-    )
-)
-_CHANGES = frozenset(
-    ("mul", "__mul__", "__rmul__", "div", "__truediv__", "sub", "__sub__", "mean", "std", "var", "norm", "round")
-)
-
-
-def memory(x: Tensor) -> int:
-    """What two tensors have in common of which one is a view of the other."""
-    return int(x.untyped_storage()._cdata)
-
-
-def _by_memory(parameters: Iterable[tuple[nn.Parameter, T]]) -> dict[int, T]:
-    """What belongs to each parameter, by its memory; nothing for those that share theirs with others."""
-    found: dict[int, tuple[nn.Parameter, T]] = {}
-    shared = set()
-    for parameter, value in parameters:
-        if found.setdefault(memory(parameter), (parameter, value))[0] is not parameter:
-            shared.add(memory(parameter))
-    return {key: value for key, (_, value) in found.items() if key not in shared}
-
-
-class Survey(Watch):
-    """A run without NaN: which layers are called, how often, in which order, and what their weights are used for."""
-
-    looks_at_parameters = True
-
-    def __init__(self, network: Network) -> None:
-        super().__init__(network)
-        self.calls: Counter[str] = Counter()
-        self.order: list[Layer] = []
-        self.direct: set[str] = set()  # layers that hand their own parameter to torch's linear or convolution
-        self.elsewhere: dict[Layer, str] = {}  # the function outside a layer that used its parameters
-        self.foreign: dict[str, str] = {}  # modules that are no such layers -> the function that used their weight
-        self._owner = _by_memory((p, layer) for layer in network.layers for p in layer.module.parameters(recurse=False))
-        self._foreign = _by_memory((p, name) for name, m in network.foreign.items() for p in weights_of(m))
-        self.nan_outputs = False
-
-    @override
-    def arrives(self, layer: Layer, x: Tensor) -> Tensor:
-        self.calls[layer.name] += 1
-        if self.calls[layer.name] == 1:
-            self.order.append(layer)
-        return x
-
-    @override
-    def uses_parameters(self, name: str, arguments: Sequence[Any]) -> None:
-        for argument in tensors_in(arguments):
-            foreign = self._foreign.get(memory(argument))
-            if foreign is not None and (name in _MATRIX_CALLS or self._changes_weight(name, foreign)):
-                self.foreign.setdefault(foreign, name)
-            owner = self._owner.get(memory(argument))
-            if owner is None:
-                continue
-            if not self._active or self._active[-1] is not owner:
-                self.elsewhere[owner] = name
-            elif name in LAYER_CALLS and arguments[1] is owner.module.weight:
-                self.direct.add(owner.name)
-
-    def _changes_weight(self, name: str, foreign: str) -> bool:
-        """Whether a module computes a weight for a layer call; one with parts may hold embeddings as well."""
-        return name in _CHANGES and next(self.network.foreign[foreign].children(), None) is None
-
-    @override
-    def finish(self, outputs: Any) -> None:
-        self.nan_outputs = any(any_nan(x) for x in tensors_in(outputs))
-
-    def mark(self) -> None:
-        """Writes the reasons why layers cannot be used into them."""
-        for layer in self.network.layers:
-            calls = self.calls[layer.name]
-            used_in = self.elsewhere.get(layer)
-            if layer.reason is not None:
-                continue
-            if calls == 0 and used_in is not None:
-                layer.reason = f"it is not called: its parameters are used outside of it (by {used_in})"
-            elif calls == 0:
-                layer.reason = "it is not called in a forward pass"
-            elif calls > 1:
-                layer.reason = f"it is called {calls} times in one forward pass"
-            elif used_in is not None:
-                layer.reason = f"its parameters are also used outside of it (by {used_in})"
-            elif isinstance(layer.module, TORCH_LAYERS) and layer.name not in self.direct:
-                layer.reason = f"its weight is changed before it is used ({type(layer.module).__name__})"
+from lightning_plasticity.units.network import Network
+from lightning_plasticity.units.probing import StopRun, Watch, describe
 
 
 class _Marked(Watch):
     """A run in which some channels are NaN when they leave their layer."""
 
     marks = True
+    stands_in = True
 
     def __init__(self, network: Network, marked: Tensor) -> None:
         super().__init__(network)
@@ -179,22 +87,25 @@ def _varying_dim(x: Tensor) -> int | None:
     return varying[0] - x.ndim if len(varying) == 1 else None
 
 
-class ReadCodes(_Marked):
-    """The run for one bit: adds the bit to the code of each channel of each site at which NaN is seen."""
+# At each site, for each bit, the channels at which NaN was seen.
+Seen: TypeAlias = dict[Site, dict[int, Tensor]]
 
-    def __init__(self, network: Network, marked: Tensor, bit: int, found: FindGates, codes: dict[Site, Tensor]) -> None:
+
+class ReadCodes(_Marked):
+    """The run for one bit: notes at which channels of each site NaN is seen."""
+
+    def __init__(self, network: Network, marked: Tensor, bit: int, found: FindGates, seen: Seen) -> None:
         super().__init__(network, marked)
-        self.bit, self.found, self.codes = bit, found, codes
+        self.bit, self.found, self.seen = bit, found, seen
 
     def _record(self, site: Site, nans: Tensor) -> None:
-        bits = nans.to("cpu", torch.int64) << self.bit
-        self.codes[site] = self.codes[site] | bits if site in self.codes else bits
+        bits = self.seen.setdefault(site, {})
+        bits[self.bit] = bits[self.bit] | nans if self.bit in bits else nans
 
     @override
     def arrives(self, layer: Layer, x: Tensor) -> Tensor:
-        nans = nan_channels(x, layer.channel_dim)
-        self._record(Site("column", layer.name), nans)
-        return clean(x) if bool(nans.any()) else x
+        self._record(Site("column", layer.name), nan_channels(x, layer.channel_dim))
+        return clean(x)
 
     @override
     def passes_depthwise(self, layer: Layer, nans: Tensor) -> None:
@@ -309,13 +220,19 @@ class Proof(_Marked):
 
 
 class Noise(Watch):
-    """Members carry noise and their own columns ignore it: the network's output must not depend on the noise."""
+    """Members carry noise and their own columns ignore it: no layer's inputs, nor the output, may depend on it.
+
+    What a layer computes depends on its inputs alone. So it needs not be computed, as long as they are compared.
+    """
+
+    stands_in = True
 
     def __init__(self, network: Network, members: Tensor, units: Mapping[Site, Tensor], seed: int) -> None:
         super().__init__(network)
         self.members, self.units = members, units
         self.generator = torch.Generator().manual_seed(seed)
         self.refused = False  # the network's own code has raised an error
+        self.seen: list[Tensor] = []  # a number for each tensor that the noise may not change
 
     @override
     def refuses(self, error: Exception) -> bool:
@@ -323,19 +240,36 @@ class Noise(Watch):
         return False
 
     @override
-    def leaves(self, layer: Layer, output: Tensor) -> Tensor:
+    def stand_in(self, call: Hashable, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+        return None if self.in_doubt(args, kwargs) else self.network.stand_ins.give(call)
+
+    @override
+    def _arrive(self, layer: Layer, x: Tensor) -> Tensor:
+        if layer.reason is None:
+            units = self.units[Site("depthwise" if layer.passes else "column", layer.name)]
+            own = ((units >= 0) & self.members[units.clamp(min=0)]).nonzero().squeeze(1)
+            x = x.index_fill(layer.channel_dim, own.to(x.device), 0.0)
+        self.seen.append(_digest(x))
+        return x
+
+    @override
+    def _leave(self, layer: Layer, output: Tensor) -> Tensor:
         members = self.members[layer.first : layer.first + layer.size]
         if layer.reason is not None or not bool(members.any()):
             return output
-        noise = torch.randn(output.shape, generator=self.generator).to(output)
+        noise = torch.randn(min(output.numel(), 4096), generator=self.generator)
+        noise = noise.repeat(-(-output.numel() // len(noise)))[: output.numel()].view(output.shape).to(output)
         shape = [1] * output.ndim
         shape[layer.channel_dim] = -1
         return torch.where(members.view(shape).to(output.device), noise, output)
 
     @override
-    def arrives(self, layer: Layer, x: Tensor) -> Tensor:
-        if layer.reason is not None:
-            return x
-        units = self.units[Site("column", layer.name)]
-        own = ((units >= 0) & self.members[units.clamp(min=0)]).nonzero().squeeze(1)
-        return x.index_fill(layer.channel_dim, own.to(x.device), 0.0)
+    def finish(self, outputs: Any) -> None:
+        self.seen += [_digest(x) for x in tensors_in(outputs)]
+
+
+def _digest(x: Tensor) -> Tensor:
+    """A number made of all bits of a tensor and of their places; others have the same by a chance of about 2^-32."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}.get(x.element_size(), torch.int64)
+    bits = x.contiguous().view(-1).view(integers)
+    return (bits * torch.arange(1, 2 * len(bits), 2, device=x.device)).sum()

@@ -11,10 +11,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lightning_plasticity.units.channels import Layer, Site, tensors_in
+from lightning_plasticity.units.channels import Layer, Site
 from lightning_plasticity.units.examining import ForwardError
-from lightning_plasticity.units.probing import Network, Watch, describe
-from lightning_plasticity.units.runs import FindGates, Noise, Proof, ReadCodes, Survey
+from lightning_plasticity.units.network import Network
+from lightning_plasticity.units.probing import Watch, describe
+from lightning_plasticity.units.runs import FindGates, Noise, Proof, ReadCodes, Seen
+from lightning_plasticity.units.survey import Decisions, Rehearsal, Survey
 
 T = TypeVar("T")
 
@@ -32,10 +34,15 @@ class Group:
 
 
 def codewords(count: int) -> Tensor:
-    """``count`` different words of as few bits as possible, half of which are one in each."""
+    """``count`` different words of as few bits as possible, half of which are one in each, in ascending order."""
     bits = next(n for n in itertools.count(2) if math.comb(n, n // 2) >= count)
-    words = itertools.islice(itertools.combinations(range(bits), bits // 2), count)
-    return torch.tensor([sum(1 << bit for bit in word) for word in words], dtype=torch.int64)
+    words, word = [], (1 << bits // 2) - 1
+    for _ in range(count):
+        words.append(word)
+        lowest = word & -word  # the next number with as many ones: a run of ones is carried up, its rest moved down
+        carried = word + lowest
+        word = (carried ^ word) >> lowest.bit_length() + 1 | carried
+    return torch.tensor(words, dtype=torch.int64)
 
 
 class Wiring:
@@ -92,12 +99,22 @@ class Wiring:
             )
         survey.mark()
         self.foreign = survey.foreign
+        self._try_stand_ins(survey)
         layers = [layer for layer in survey.order if layer.reason is None]
         first = 0
         for layer in layers:
             layer.first = first
             first += layer.size
         return layers
+
+    def _try_stand_ins(self, survey: Survey) -> None:
+        """Does without stand-ins where the network decides anything by what they stand in for."""
+        decisions, rehearsal = Decisions(self.network), Rehearsal(self.network, survey.calls)
+        decisions.run()
+        if decisions.taken is None:
+            rehearsal.run()
+        if decisions.taken is not None or not rehearsal.succeeds:
+            self.network.stand_ins.clear()
 
     def _first_survey(self) -> Survey:
         """A run of evaluation's path, or of training's where that calls more layers, such as auxiliary heads."""
@@ -121,7 +138,7 @@ class Wiring:
     def _try(self, watch: Watch) -> Exception | None:
         """Runs the network; returns what its own code raises."""
         try:
-            self.network.run(watch)
+            watch.run()
         except Exception as error:
             return error
         return None
@@ -153,19 +170,20 @@ class Wiring:
 
     def _read_codes(self) -> None:
         found = FindGates(self.network, torch.arange(self.count) % 2 == 0)
-        self.network.run(found)
+        found.run()
         words = codewords(self.count)
-        codes: dict[Site, Tensor] = {}
+        seen: Seen = {}
         for bit in range(int(words.max()).bit_length()):
-            self.network.run(ReadCodes(self.network, (words >> bit & 1).bool(), bit, found, codes))
+            ReadCodes(self.network, (words >> bit & 1).bool(), bit, found, seen).run()
         self.found = found
         self.units = {}
-        sorted_words, order = words.sort()
         unusable = {Site("column", layer.name) for layer in self.network.layers if layer.reason is not None}
-        for site, code in codes.items():
-            place = torch.searchsorted(sorted_words, code).clamp(max=self.count - 1)
-            known = (sorted_words[place] == code) & (site not in unusable)
-            self.units[site] = torch.where(known, order[place], -1)
+        for site, bits in seen.items():
+            powers = torch.tensor([1 << bit for bit in bits]).unsqueeze(1)
+            code = (torch.stack([*bits.values()]).cpu() * powers).sum(0)
+            place = torch.searchsorted(words, code).clamp(max=self.count - 1)
+            known = (words[place] == code) & (site not in unusable)
+            self.units[site] = torch.where(known, place, -1)
         self._join()
 
     def _join(self) -> None:
@@ -199,7 +217,9 @@ class Wiring:
                 elif find(value) != gate:
                     root[gate] = find(value)
                     self.is_gate[gate] = True
-        self.root = torch.tensor([find(unit) for unit in range(self.count)], dtype=torch.int64)
+        self.root = torch.tensor(root, dtype=torch.int64)
+        while not torch.equal(self.root, self.root[self.root]):
+            self.root = self.root[self.root]
 
     # ---- grouping
 
@@ -245,7 +265,7 @@ class Wiring:
         for group in proven:
             group.exact = not self._is_read_at_mixing_norm(group)
         candidates = [group for group in proven if group.exact]
-        silent = _largest_part(candidates, self._output_ignores_noise)
+        silent = _largest_part(candidates, self._nothing_hears_noise)
         for group in candidates:
             if group not in silent:
                 # A mixing norm may see the units where others' are in the same channel of another position.
@@ -267,22 +287,22 @@ class Wiring:
     def escape(self, members: Tensor) -> Proof:
         """Runs the proof for the units of a mask."""
         proof = Proof(self.network, members, self.units, self.found)
-        self.network.run(proof)
+        proof.run()
         return proof
 
-    def _output_ignores_noise(self, groups: Sequence[Group]) -> bool:
-        """Whether the output is the same to the last bit whatever half of the units carry, and then the other half."""
+    def _nothing_hears_noise(self, groups: Sequence[Group]) -> bool:
+        """Whether all that counts is the same to the last bit whatever half of the units carry, and then the others."""
         members = self.members(groups)
         half = torch.rand(self.count, generator=torch.Generator().manual_seed(0)) < 0.5
-        for chosen in (half, ~half):
-            noisy = members & chosen[self.root]
-            runs = [Noise(self.network, noisy, self.units, seed) for seed in (0, 1)]
-            first, second = (list(tensors_in(self.network.run(noise))) for noise in runs)
-            if any(noise.refused for noise in runs):
-                return False
-            if not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
-                return False
-        return True
+        return all(self._same_with_noise(members & chosen[self.root]) for chosen in (half, ~half))
+
+    def _same_with_noise(self, members: Tensor) -> bool:
+        runs = [Noise(self.network, members, self.units, seed) for seed in (0, 1)]
+        for noise in runs:
+            noise.run()
+        first, second = (noise.seen for noise in runs)
+        same = len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        return same and not any(noise.refused for noise in runs)
 
 
 def _unique_in_order(values: Tensor) -> list[int]:

@@ -1,0 +1,70 @@
+"""A network as probing sees it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from lightning_plasticity.layer_views import view_of
+from lightning_plasticity.names import named_modules_as_written
+from lightning_plasticity.units.channels import TORCH_NORMS, Layer, is_norm
+from lightning_plasticity.units.examining import random_states
+from lightning_plasticity.units.stand_ins import StandIns
+
+# Layers that mix their input channels in a way for which no column of one weight belongs to one input channel.
+_OPAQUE = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
+_DROPOUTS = (nn.modules.dropout._DropoutNd,)
+
+
+class Network:
+    """A network, its example input, and what has been found out about its parts."""
+
+    def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self.model, self.args, self.kwargs = model, args, kwargs
+        modules = dict(named_modules_as_written(model))
+        views = {name: view_of(module) for name, module in modules.items()}
+        self.layers = [Layer(name, view) for name, view in views.items() if view is not None]
+        self.norms = {name: m for name, m in modules.items() if is_norm(m)}
+        self.opaque = {name: m for name, m in modules.items() if isinstance(m, _OPAQUE)}
+        known = {layer.module for layer in self.layers} | {*self.norms.values()}
+        self.foreign = {  # modules that may be layers of kinds that are not known
+            name: m for name, m in modules.items() if not (m in known or isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
+        }
+        self.mixing: set[str] = set()  # norms in which one channel's NaN reaches others
+        self.elementwise: set[str] = set()  # norms in which each entry's NaN stays where it is
+        self.stand_ins = StandIns()
+        self.nan_of_its_own = False  # whether it looks for NaN and finds some without our doing
+        self.training_path = False
+        self.runs = 0
+        self.put_random_states_back = random_states(model)
+        self._mark_unusable_weights()
+
+    def __str__(self) -> str:
+        return type(self.model).__name__
+
+    def _mark_unusable_weights(self) -> None:
+        owners: dict[int, list[str]] = defaultdict(list)
+        for name, module in named_modules_as_written(self.model):
+            for key, parameter in module.named_parameters(recurse=False):
+                owners[id(parameter)].append(f"{name}.{key}".lstrip("."))
+        for layer in self.layers:
+            weight = layer.module._parameters.get("weight")
+            if weight is None:
+                layer.reason = "its weight is computed (parametrized or weight-normalised), not a parameter"
+            elif isinstance(layer.module, _ConvTransposeNd) and layer.module.groups > 1:
+                layer.reason = f"it is a transposed convolution with groups={layer.module.groups}"
+            elif not weight.is_floating_point():
+                layer.reason = f"its weight has the type {weight.dtype}, not a floating-point one"
+            elif len(owners[id(weight)]) > 1:
+                others = ", ".join(o for o in owners[id(weight)] if o != f"{layer.name}.weight".lstrip("."))
+                layer.reason = f"it shares its weight with {others}"
+
+    def set_modes(self) -> None:
+        """Evaluation mode; on the training path containers train while norms, dropouts and other leaves evaluate."""
+        for module in self.model.modules():
+            leaf = next(module.children(), None) is None or isinstance(module, (*TORCH_NORMS, *_DROPOUTS))
+            module.training = self.training_path and not leaf

@@ -1,0 +1,180 @@
+"""The runs that come first: which layers a network calls, and whether what they compute matters to its path."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_plasticity.layer_views import TORCH_LAYERS
+from lightning_plasticity.units.channels import Layer, tensors_in, weights_of
+from lightning_plasticity.units.nans import any_nan, clean
+from lightning_plasticity.units.network import Network
+from lightning_plasticity.units.probing import (
+    LAYER_CALLS,
+    MATRIX_CALLS,
+    StopRun,
+    Watch,
+    describe,
+    has_nan,
+)
+
+T = TypeVar("T")
+
+_CHANGES = frozenset(
+    ("mul", "__mul__", "__rmul__", "div", "__truediv__", "sub", "__sub__", "mean", "std", "var", "norm", "round")
+)
+
+
+def memory(x: Tensor) -> int:
+    """What two tensors have in common of which one is a view of the other."""
+    return int(x.untyped_storage()._cdata)
+
+
+def _by_memory(parameters: Iterable[tuple[nn.Parameter, T]]) -> dict[int, T]:
+    """What belongs to each parameter, by its memory; nothing for those that share theirs with others."""
+    found: dict[int, tuple[nn.Parameter, T]] = {}
+    shared = set()
+    for parameter, value in parameters:
+        if found.setdefault(memory(parameter), (parameter, value))[0] is not parameter:
+            shared.add(memory(parameter))
+    return {key: value for key, (_, value) in found.items() if key not in shared}
+
+
+class Survey(Watch):
+    """A run without NaN: which layers are called, how often, in which order, and what their weights are used for."""
+
+    surveys = True
+
+    def __init__(self, network: Network) -> None:
+        super().__init__(network)
+        self.calls: Counter[str] = Counter()
+        self.order: list[Layer] = []
+        self.direct: set[str] = set()  # layers that hand their own parameter to torch's linear or convolution
+        self.elsewhere: dict[Layer, str] = {}  # the function outside a layer that used its parameters
+        self.foreign: dict[str, str] = {}  # modules that are no such layers -> the function that used their weight
+        self._owner = _by_memory((p, layer) for layer in network.layers for p in layer.module.parameters(recurse=False))
+        self._foreign = _by_memory((p, name) for name, m in network.foreign.items() for p in weights_of(m))
+        self.nan_outputs = False
+
+    @override
+    def arrives(self, layer: Layer, x: Tensor) -> Tensor:
+        self.calls[layer.name] += 1
+        if self.calls[layer.name] == 1:
+            self.order.append(layer)
+        return x
+
+    @override
+    def uses_parameters(self, name: str, arguments: Sequence[Any]) -> None:
+        for argument in tensors_in(arguments):
+            foreign = self._foreign.get(memory(argument))
+            if foreign is not None and (name in MATRIX_CALLS or self._changes_weight(name, foreign)):
+                self.foreign.setdefault(foreign, name)
+            owner = self._owner.get(memory(argument))
+            if owner is None:
+                continue
+            if not self._active or self._active[-1] is not owner:
+                self.elsewhere[owner] = name
+            elif name in LAYER_CALLS and arguments[1] is owner.module.weight:
+                self.direct.add(owner.name)
+
+    def _changes_weight(self, name: str, foreign: str) -> bool:
+        """Whether a module computes a weight for a layer call; one with parts may hold embeddings as well."""
+        return name in _CHANGES and next(self.network.foreign[foreign].children(), None) is None
+
+    @override
+    def finish(self, outputs: Any) -> None:
+        self.nan_outputs = any(any_nan(x) for x in tensors_in(outputs))
+
+    def mark(self) -> None:
+        """Writes the reasons why layers cannot be used into them."""
+        for layer in self.network.layers:
+            calls = self.calls[layer.name]
+            used_in = self.elsewhere.get(layer)
+            if layer.reason is not None:
+                continue
+            if calls == 0 and used_in is not None:
+                layer.reason = f"it is not called: its parameters are used outside of it (by {used_in})"
+            elif calls == 0:
+                layer.reason = "it is not called in a forward pass"
+            elif calls > 1:
+                layer.reason = f"it is called {calls} times in one forward pass"
+            elif used_in is not None:
+                layer.reason = f"its parameters are also used outside of it (by {used_in})"
+            elif isinstance(layer.module, TORCH_LAYERS) and layer.name not in self.direct:
+                layer.reason = f"its weight is changed before it is used ({type(layer.module).__name__})"
+
+
+class Decisions(Watch):
+    """A run in which all that layers compute is NaN: does the network decide anything by it?"""
+
+    marks = True
+    stands_in = True
+
+    def __init__(self, network: Network) -> None:
+        super().__init__(network)
+        self.taken: str | None = None
+
+    @override
+    def arrives(self, layer: Layer, x: Tensor) -> Tensor:
+        return clean(x)
+
+    @override
+    def stand_in(self, call: Hashable, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+        result = super().stand_in(call, name, args, kwargs)
+        return None if result is None else torch.full_like(result, torch.nan)
+
+    @override
+    def mixes(self, event: int, what: str, x: Tensor, dim: int | None) -> Tensor:
+        return clean(x) if dim is None else x
+
+    @override
+    def decides(self, name: str) -> None:
+        self.taken = name
+        raise StopRun
+
+    @override
+    def _call(self, name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        result = super()._call(name, func, args, kwargs)
+        several = result if isinstance(result, (tuple, list)) else ()
+        has_indices = any(isinstance(x, Tensor) and not (x.is_floating_point() or x.is_complex()) for x in several)
+        if (has_indices or name in ("numpy", "__array__")) and not self._inside_norms and has_nan(args, kwargs):
+            self.decides(name)
+        return result
+
+    @override
+    def refuses(self, error: Exception) -> bool:
+        self.taken = f"an error, {describe(error)}"
+        return False
+
+
+class Rehearsal(Watch):
+    """A run with stand-ins and without NaN: does it call what the network calls, and does no NaN come of it?"""
+
+    stands_in = True
+
+    def __init__(self, network: Network, calls: Counter[str]) -> None:
+        super().__init__(network)
+        self._missing = Counter(calls)
+        self.succeeds = True
+
+    @override
+    def arrives(self, layer: Layer, x: Tensor) -> Tensor:
+        self._missing[layer.name] -= 1
+        if any_nan(x):
+            self.succeeds = False
+            raise StopRun
+        return x
+
+    @override
+    def finish(self, outputs: Any) -> None:
+        self.succeeds = not (any(self._missing.values()) or any(any_nan(x) for x in tensors_in(outputs)))
+
+    @override
+    def refuses(self, error: Exception) -> bool:
+        self.succeeds = False
+        return False
