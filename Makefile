@@ -1,13 +1,15 @@
-# Three commands for a fresh machine with Python and make:
+# Five commands for a fresh machine with Python and make:
 #   make demo     compare plain training with three methods on a stream of tasks
 #   make test     linter, format, types, tests
+#   make docs     the site, into build/docs: every reference and every link checked
+#   make dist     wheel and source distribution, checked, and the wheel tried in an environment of its own
 #   make torture  1,000 random cases, or as many as TORTURE says, and a report in docs/torture.md
 # Each makes the environment .venv once and uses it again until pyproject.toml changes.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test torture clean
+.PHONY: demo test docs dist torture clean
 
 demo: .venv/.installed
 	$(BIN)/python examples/demo.py
@@ -17,6 +19,16 @@ test: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n auto
+
+docs: .venv/.installed
+	$(BIN)/python -m sphinx -W --keep-going -n -q -c docs . build/docs
+	$(BIN)/python docs/links.py build/docs
+
+dist: .venv/.installed
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tests/distribution.py dist
 
 torture: .venv/.installed
 	$(BIN)/python tests/faults/torture.py

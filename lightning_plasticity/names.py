@@ -31,7 +31,7 @@ def named_modules_as_written(model: nn.Module, prefix: str = "") -> Iterator[tup
 
     The module that is wrapped (by ``torch.compile``, Fabric or activation checkpointing, wherever it sits) stands for
     its wrapper and comes under the wrapper's name; what the wrapper calls it (``_orig_mod``) is in no name. The network
-    itself has the name ``prefix``, empty by default. :func:`submodule` finds a module by such a name.
+    itself has the name ``prefix``, empty by default. ``submodule`` finds a module by such a name.
 
     Example:
         >>> import torch

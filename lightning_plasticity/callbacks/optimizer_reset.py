@@ -22,15 +22,15 @@ class OptimizerReset(ScheduledCallback):
     The weights stay, and so do the optimizer's settings, its groups and learning-rate schedules. It works in place,
     with any optimizer whose state has the shape of the weights, and with ``what="all"`` also with others.
 
-    ============= ============================================================= =================
-    ``what``      put back                                                      published
-    ============= ============================================================= =================
-    ``"all"``     everything                                                    Asadi et al. 2023
-    ``"step"``    Adam's count of steps: its averages are corrected as if they  Ellis et al. 2024
-                  had just begun, which keeps steps small when gradients jump   (Adam-Rel)
+    ============= ============================================================== =================
+    ``what``      put back                                                       published
+    ============= ============================================================== =================
+    ``"all"``     everything                                                     Asadi et al. 2023
+    ``"step"``    Adam's count of steps: its averages are corrected as if they   Ellis et al. 2024
+                  had just begun, which keeps steps small when gradients jump    (Adam-Rel)
     ``"moments"`` the averages, not the count: Adam's next steps are up to 6.6
                   times as large as usual, for it takes its averages for settled
-    ============= ============================================================= =================
+    ============= ============================================================== =================
 
     Asadi et al. reset at each update of the target network, Ellis et al. at that or at each new rollout. To clear
     everything can be too much where the data change little by little.

@@ -56,7 +56,7 @@ class SoftWeightRescaling(PlasticityCallback):
 
     .. math::
         c_l = \frac{\lambda n_l + (1 - \lambda) \|W_l\|}{\|W_l\|}, \qquad W_l \leftarrow c_l W_l, \qquad
-        b_l \leftarrow \Big(\prod_{i \le l} c_i\Big) b_l
+        b_l \leftarrow \Bigl(\prod_{i \le l} c_i\Bigr) b_l
 
     with :math:`n_l` the norm when training began. The product runs over the layers since the last normalisation layer,
     which counts as a layer, so that the network's outputs are multiplied by one positive number and its decisions stay.

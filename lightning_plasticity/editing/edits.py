@@ -48,7 +48,7 @@ class Editor:
     parameters over the same memory only the one that is named has its state renewed; one parameter that two modules
     share is no such case. :meth:`shift_bias` and :meth:`clamp` renew nothing: what they write is still the same entry.
 
-    Indices are distinct ``LongTensor``s on the parameter's device. They may be empty, as may lists of tensors. To
+    Indices are distinct tensors of integers on the parameter's device. They may be empty, as may lists of tensors. To
     replace units of several layers, first :meth:`shift_bias` for all, then :meth:`redraw_rows` and :meth:`reset_norm`
     for all, then :meth:`zero_columns` for all: then biases are shifted by the old weights, a new unit's bias is 0
     whatever was shifted into it, and an outgoing 0 wins over a redrawn row.
@@ -62,7 +62,7 @@ class Editor:
         optimizers: Those that may own its parameters.
         optimizer_state: ``"survivors"``: what an optimizer knows of the size of gradients, such as Adam's second
             moment, becomes the mean of the tensor's other entries. ``"reset"``: all state starts again. ``"keep"``
-            leaves all state alone, as methods want that nudge every weight at every step. See :class:`.EntryState`.
+            leaves all state alone, as methods want that nudge every weight at every step.
 
     Raises:
         ValueError: If ``optimizer_state`` is none of these. The edits raise it for a module, an index or values

@@ -197,7 +197,7 @@ class LoopMethod(ShowsSettings, Method, ABC):
 
     @property
     def scope_is_training(self) -> bool:
-        """Whether the scope is in training mode: what a hook hears in any other is not for training statistics."""
+        """Whether the scope is in training mode, the only one in which what hooks hear counts for statistics."""
         return self._scope is not None and self._scope.training
 
     @property

@@ -10,7 +10,7 @@ from lightning_plasticity.functional.activity import Reduce, unit_rows
 def effective_rank(features: Tensor, *, unit_dim: int | None = None, reduce: Reduce = None) -> Tensor:
     r"""Exponential of the entropy of the normalised singular values.
 
-    .. math:: \exp\Big(-\sum_i p_i \ln p_i\Big), \qquad p_i = s_i / \sum_j s_j
+    .. math:: \exp\Bigl(-\sum_i p_i \ln p_i\Bigr), \qquad p_i = s_i / \sum_j s_j
 
     Taken from the singular values, not from the eigenvalues of the covariance (their squares), which give less. A zero
     matrix has rank 0, where some code has 1; NaN or infinity gives NaN.
@@ -46,7 +46,7 @@ def feature_rank(
 ) -> Tensor:
     r"""Least number of singular values that make up ``1 - delta`` of their sum (srank).
 
-    .. math:: \min\Big\{k : \sum_{i \le k} s_i \ge (1 - \delta) \sum_j s_j\Big\}
+    .. math:: \min\Bigl\{k : \sum_{i \le k} s_i \ge (1 - \delta) \sum_j s_j\Bigr\}
 
     Some code counts only those before the share is reached, which is one less. A zero matrix has rank 0; NaN or
     infinity gives NaN.

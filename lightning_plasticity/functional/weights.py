@@ -174,7 +174,7 @@ def update_ratio(source: Source, before: Source) -> Tensor:
 def balancedness(norms: Mapping[str, Tensor], initial_norms: Mapping[str, Tensor]) -> Tensor:
     r"""Largest change of the ratio of two layers' norms since the start.
 
-    .. math:: \max_{i \ne j} \Big| \frac{\|W_i\|}{\|W_j\|} - \frac{\|W_i^0\|}{\|W_j^0\|} \Big|
+    .. math:: \max_{i \ne j} \Bigl| \frac{\|W_i\|}{\|W_j\|} - \frac{\|W_i^0\|}{\|W_j^0\|} \Bigr|
 
     Both orders of each pair count. A layer of norm 0 gives infinity or NaN.
 

@@ -67,7 +67,7 @@ class Matrices:
 
     @property
     def is_depthwise(self) -> bool:
-        """Whether each channel has a filter of its own: such a weight has no matrices to speak of."""
+        """Whether each channel has its own filter, as such a weight has no matrices to speak of."""
         return len(self.shape) > 2 and self.parts > 1 and self.shape[1] == 1
 
     def split(self, weight: Tensor) -> Tensor:

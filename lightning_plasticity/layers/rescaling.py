@@ -31,7 +31,7 @@ class Rescaling:
     Attributes:
         weights: by name, in the order of the forward pass.
         targets: the weights themselves, in the same order, then biases and running statistics.
-        groups: the weights that share a factor, see :func:`~.functional.soft_weight_rescaling.joint_norms`.
+        groups: the weights that share a factor, see ``functional.soft_weight_rescaling.joint_norms``.
         exponents: of the groups' factors, a row for each target.
         norms: the normalisation layers, and the exponents of what their inputs are multiplied by.
     """

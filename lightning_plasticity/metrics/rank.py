@@ -42,7 +42,7 @@ class RankMetric(UnitMetric):
 class EffectiveRank(RankMetric):
     r"""Exponential of the entropy of the normalised singular values of the features.
 
-    .. math:: \exp\Big(-\sum_i p_i \ln p_i\Big), \qquad p_i = s_i / \sum_j s_j
+    .. math:: \exp\Bigl(-\sum_i p_i \ln p_i\Bigr), \qquad p_i = s_i / \sum_j s_j
 
     Of the singular values, not of the eigenvalues of the covariance. Features that are all 0 have rank 0, one sample
     has rank 1; NaN or infinity gives NaN.
@@ -101,7 +101,7 @@ class StableRank(RankMetric):
 class FeatureRank(RankMetric):
     r"""Least number of singular values that make up ``1 - delta`` of their sum (srank).
 
-    .. math:: \min\Big\{k : \sum_{i \le k} s_i \ge (1 - \delta) \sum_j s_j\Big\}
+    .. math:: \min\Bigl\{k : \sum_{i \le k} s_i \ge (1 - \delta) \sum_j s_j\Bigr\}
 
     Features that are all 0 have rank 0, one sample has rank 1; NaN or infinity gives NaN.
 

@@ -231,7 +231,7 @@ class IsometryDeviation(MeanOverUpdates):
 class Balancedness(ReferencedMetric):
     r"""Largest change of the ratio of two layers' norms since the first update.
 
-    .. math:: \max_{i \ne j} \Big| \frac{\|W_i\|}{\|W_j\|} - \frac{\|W_i^0\|}{\|W_j^0\|} \Big|
+    .. math:: \max_{i \ne j} \Bigl| \frac{\|W_i\|}{\|W_j\|} - \frac{\|W_i^0\|}{\|W_j^0\|} \Bigr|
 
     Both orders of each pair count. The norms of the first update are kept by ``reset`` and in ``state_dict``.
 

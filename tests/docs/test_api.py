@@ -1,0 +1,61 @@
+"""The API pages have every public name, once, and every method with the studies that it is in."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+API = Path(__file__).parents[2] / "docs" / "api"
+# Which page has the names of which room.
+PAGES = {
+    "lightning_plasticity": "methods.md, measures.md or units.md",
+    "lightning_plasticity.callbacks": "methods.md",
+    "lightning_plasticity.metrics": "measures.md",
+    "lightning_plasticity.functional": "functions.md",
+    "lightning_plasticity.units": "units.md",
+    "lightning_plasticity.engine": "building.md",
+    "lightning_plasticity.editing": "building.md",
+    "lightning_plasticity.layers": "building.md",
+    "lightning_plasticity.monitoring": "building.md",
+}
+TEXT = {path.name: path.read_text() for path in API.glob("*.md")}
+DIRECTIVE = re.compile(r"^### (\w+)\n(.*?)^```\{eval-rst\}\n\.\. auto(\w+):: ([\w.]+)$", re.MULTILINE | re.DOTALL)
+ENTRIES = [entry for text in TEXT.values() for entry in DIRECTIVE.findall(text)]
+
+
+def found(path: str) -> object:
+    module, name = path.rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize("room", PAGES)
+def test_every_public_name_has_an_entry(room):
+    documented = [found(path) for *_, path in ENTRIES]
+    for name in importlib.import_module(room).__all__:
+        kind = "class" if isinstance(found(f"{room}.{name}"), type) else "function"
+        assert any(one is found(f"{room}.{name}") for one in documented), (
+            f"{room}.{name} is public, but on no page of the API. Write this into a group of docs/api/{PAGES[room]}:"
+            f"\n\n### {name}\n\n```{{eval-rst}}\n.. auto{kind}:: {room}.{name}\n```"
+        )
+
+
+def test_every_entry_is_read():
+    assert len(ENTRIES) == sum(text.count(".. auto") for text in TEXT.values()) > 100
+    assert all(path.endswith(f".{heading}") for heading, _, _, path in ENTRIES)
+    assert len({path for *_, path in ENTRIES}) == len(ENTRIES)
+
+
+def test_every_method_names_its_studies():
+    methods = importlib.import_module("lightning_plasticity.callbacks").__all__
+    above = {heading: text for heading, text, _, _ in ENTRIES}
+    without = {name for name in methods if name != "PlasticityMonitor" and "Studies: " not in above[name]}
+    assert without == set(), "docs/api/methods.md: a line 'Studies: ...' below the heading, or 'Studies: none yet.'"
+
+
+def test_every_method_has_a_reference():
+    methods = importlib.import_module("lightning_plasticity.callbacks").__all__
+    docstrings = {
+        name: found(f"lightning_plasticity.{name}").__doc__ for name in methods if name != "PlasticityMonitor"
+    }
+    assert {name for name, text in docstrings.items() if not re.search("References?:\n", text)} == set()
