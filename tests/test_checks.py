@@ -43,6 +43,7 @@ WRONG: dict[str, list[Any]] = {
     "metrics": ["DeadUnits", 1, [1], [None], {"a": 1}, [], {}, [metrics.DeadUnits(), metrics.DeadUnits()]],
     "strategy": ["elu", 1, None, {"a": "elu"}, {1: "relu"}, {"": "relu"}, torch.ones(2), ["relu"]],
     "fused": ["*qkv*", 1, ["*qkv*"], {"": 3}, {1: 3}, {"*qkv*": 0}, {"*qkv*": 1.5}, {"*qkv*": None}],
+    "batches": [1, print, iter([1]), object()],
     "units": ["0", 1, [], [None], ["0"], {"0": 1}, {}, torch.ones(2)],
     "case": [None, 10, "10", "M", "101M", "-1M", "1e1M", b"10M", ""],
 }
@@ -80,6 +81,14 @@ CALLBACKS: dict[str, dict[str, str]] = {
         "utility": "choice",
         "init": "init",
         "compensate_bias": "flag",
+    },
+    "DirectionAwareShrink": {
+        **LAYERS,
+        **BOUNDARY,
+        "averaging": "share above 0",
+        "least": "from 0 to 1",
+        "data": "batches?",
+        "loss": "function?",
     },
     "HareAndTortoise": {**COMMON, **STEPS, "decay": "from 0 below 1", "evaluate": "choice"},
     "IsometryReinit": {
@@ -129,6 +138,14 @@ CALLBACKS: dict[str, dict[str, str]] = {
         "every_n_train_steps": "count from 1",
         "score_steps": "count from 1",
         "score": "choice",
+        "init": "init",
+    },
+    "SelfNormalizedReset": {
+        **UNITS,
+        "significance": "between 0 and 1",
+        "every_n_train_steps": "count from 1",
+        "min_silence": "count from 1",
+        "max_silence": "count from 1",
         "init": "init",
     },
     "SelectiveReinit": {

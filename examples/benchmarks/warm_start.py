@@ -26,7 +26,22 @@ from study_rows import read_rows, write_row
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_plasticity import L2Init, LayerReset, ShrinkAndPerturb, SoftWeightRescaling
+from lightning_plasticity import (
+    DirectionAwareShrink,
+    HareAndTortoise,
+    IsometryReinit,
+    L2Init,
+    LayerReset,
+    ParsevalRegularization,
+    PartialReset,
+    ReDo,
+    SelectiveReinit,
+    SelfNormalizedReset,
+    ShrinkAndPerturb,
+    SoftWeightRescaling,
+    SpectralRegularization,
+    WeightClipping,
+)
 from lightning_plasticity.engine.base import PlasticityCallback
 
 IMAGES = 4000  # to train on; half of them come first
@@ -42,20 +57,22 @@ MEASURES = ("accuracy", "half_train", "half", "changed", "first_epoch", "seconds
 Images = tuple[Tensor, Tensor]  # with their labels
 Coefficients = tuple[float, ...]
 Method = Callable[[Coefficients, int], PlasticityCallback]  # made with a seed
+MethodOnData = Callable[[Coefficients, int, Images], PlasticityCallback]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: with a method from the start or with one that comes with the new images, or with neither.
+    """One way to train: with a method from the start or with one that comes with all images, or with neither.
 
     ``grid`` has the coefficients to choose from; ``published`` is one for each network, without a choice.
     """
 
     from_the_start: Method | None = None
-    with_new_images: Method | None = None
+    with_new_images: MethodOnData | None = None
     grid: Sequence[Coefficients] = ((),)
     published: Sequence[Coefficients] = ()
     decays_weights: bool = False
+    keeps_optimizer: bool = False
     is_warm: bool = True
     augments: bool = False
 
@@ -74,6 +91,17 @@ def soft_weight_rescaling(coefficients: Coefficients, seed: int) -> PlasticityCa
     return SoftWeightRescaling(*coefficients, classifier="classifier", seed=seed)
 
 
+def direction_aware_shrink(coefficients: Coefficients, seed: int, data: Images) -> PlasticityCallback:
+    batches = list(zip(data[0].split(BATCH), data[1].split(BATCH), strict=True))
+    return DirectionAwareShrink(
+        *coefficients,
+        data=batches,
+        loss=lambda network, batch: F.cross_entropy(network(batch[0]), batch[1]),
+        on_fit_start=True,
+        seed=seed,
+    )
+
+
 ARMS = {
     "from scratch": Arm(is_warm=False),
     "plain": Arm(),
@@ -83,17 +111,64 @@ ARMS = {
         grid=[(0.1,), (0.3,), (1.0,)],
     ),
     "ShrinkAndPerturb": Arm(
-        with_new_images=lambda coefficients, seed: ShrinkAndPerturb(
+        with_new_images=lambda coefficients, seed, _: ShrinkAndPerturb(
             1 - coefficients[0], coefficients[0], on_fit_start=True, init="reset_parameters", seed=seed
         ),
         grid=[(0.2,), (0.4,), (0.6,)],
     ),
     "head reset": Arm(
-        with_new_images=lambda _, seed: LayerReset(
+        with_new_images=lambda _, seed, __: LayerReset(
             "classifier.output", on_fit_start=True, init="reset_parameters", seed=seed
         )
     ),
     "SoftWeightRescaling": Arm(soft_weight_rescaling, published=[(1e-4,), (1e-3,), (1e-4, 1.0)]),
+    # A new optimizer when the images come, as all others have it, is what OptimizerReset(on_fit_start=True) gives.
+    "plain, optimizer kept": Arm(keeps_optimizer=True),
+    "IsometryReinit": Arm(with_new_images=lambda _, seed, __: IsometryReinit(on_fit_start=True, seed=seed)),
+    "IsometryReinit, exact": Arm(
+        with_new_images=lambda _, seed, __: IsometryReinit(exact=True, on_fit_start=True, seed=seed)
+    ),
+    "DirectionAwareShrink": Arm(
+        with_new_images=direction_aware_shrink, grid=[(0.3, 0.3), (0.3, 0.05), (0.1, 0.3), (0.1, 0.05)]
+    ),
+    # Hands over every ten epochs, of the first half or of all images. What is judged at the end is the slow weights.
+    "HareAndTortoise": Arm(
+        lambda coefficients, seed: HareAndTortoise(every_n_train_steps=int(coefficients[0]), seed=seed),
+        grid=[(320,), (630,)],
+    ),
+    "SoftWeightRescaling of NaP": Arm(lambda _, seed: SoftWeightRescaling(1.0, biases="keep", seed=seed)),
+    "ParsevalRegularization": Arm(
+        lambda coefficients, seed: ParsevalRegularization(*coefficients, seed=seed), grid=[(0.01,), (0.1,), (1.0,)]
+    ),
+    "SpectralRegularization": Arm(
+        lambda coefficients, seed: SpectralRegularization(*coefficients, seed=seed), grid=[(0.01,), (0.1,), (1.0,)]
+    ),
+    "WeightClipping": Arm(lambda coefficients, seed: WeightClipping(*coefficients, seed=seed), grid=[(1,), (2,), (3,)]),
+    "L2Init, sorted": Arm(
+        lambda coefficients, seed: L2Init(*coefficients, match="sorted", seed=seed), grid=[(0.1,), (0.3,), (1.0,)]
+    ),
+    # The others with a threshold or a strength, and how many steps lie between: all are some 3,800.
+    "ReDo by gradient": Arm(
+        lambda coefficients, seed: ReDo(coefficients[0], int(coefficients[1]), score="gradient", seed=seed),
+        grid=[(0.01, 1000), (0.1, 1000), (0.1, 100)],
+    ),
+    # The authors' 20,000 and 100 examples, in steps.
+    "SelfNormalizedReset": Arm(
+        lambda coefficients, seed: SelfNormalizedReset(
+            *coefficients, every_n_train_steps=320, min_silence=2, max_silence=20_000 // BATCH, seed=seed
+        ),
+        grid=[(0.08,), (0.02,)],
+    ),
+    "PartialReset": Arm(
+        lambda coefficients, seed: PartialReset(coefficients[0], int(coefficients[1]), seed=seed),
+        grid=[(0.015, 1000), (0.015, 100), (0.15, 1000)],
+    ),
+    "SelectiveReinit as published": Arm(
+        lambda coefficients, seed: SelectiveReinit.as_published(
+            relative_threshold=coefficients[0], every_n_train_steps=int(coefficients[1]), seed=seed
+        ),
+        grid=[(5e-4, 128), (5e-4, 1024), (5e-3, 128)],
+    ),
     "from scratch, augmented": Arm(is_warm=False, augments=True),
     "plain, augmented": Arm(augments=True),
 }
@@ -160,19 +235,22 @@ def augment(images: Tensor) -> Tensor:
 # ---- a run
 
 
+def make_optimizer(network: nn.Module, arm: Arm, coefficients: Coefficients) -> torch.optim.Optimizer:
+    decay = coefficients[0] if arm.decays_weights else 0.0
+    return torch.optim.Adam(network.parameters(), LEARNING_RATE, weight_decay=decay, fused=True)
+
+
 def train(
     network: nn.Module,
     data: Images,
     epochs: int,
     arm: Arm,
-    coefficients: Coefficients,
     method: PlasticityCallback | None,
+    optimizer: torch.optim.Optimizer,
     watch: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Train with a new optimizer; ``watch`` is called before the first epoch and after each, with their number."""
+    """Train; ``watch`` is called before the first epoch and after each, with their number."""
     images, labels = data
-    decay = coefficients[0] if arm.decays_weights else 0.0
-    optimizer = torch.optim.Adam(network.parameters(), LEARNING_RATE, weight_decay=decay, fused=True)
     network.train()
     if method is not None:
         method.attach(network, optimizer, example_inputs=(images[:BATCH],))
@@ -207,20 +285,25 @@ def run(name: str, arm: Arm, coefficients: Coefficients, seed: int, data: Data, 
     half = everything[0][: IMAGES // 2], everything[1][: IMAGES // 2]
     torch.manual_seed(seed)
     network = make_network(name)
+    optimizer = make_optimizer(network, arm, coefficients)
     measured: dict[str, float] = {}
     method = arm.from_the_start(coefficients, seed) if arm.from_the_start else None
     if arm.is_warm:
-        train(network, half, HALF_EPOCHS, arm, coefficients, method)
+        train(network, half, HALF_EPOCHS, arm, method, optimizer)
         measured |= {"half_train": accuracy(network, half), "half": accuracy(network, judges)}
     if arm.with_new_images is not None:
-        method = arm.with_new_images(coefficients, seed)
+        method = arm.with_new_images(coefficients, seed, everything)
 
     def watch(epoch: int) -> None:
         if arm.is_warm and epoch < 2:
             measured["first_epoch" if epoch else "changed"] = accuracy(network, judges)
 
     torch.manual_seed(seed)  # the same order of the images for all arms
-    train(network, everything, ALL_EPOCHS, arm, coefficients, method, watch)
+    if not arm.keeps_optimizer:
+        optimizer = make_optimizer(network, arm, coefficients)
+    train(network, everything, ALL_EPOCHS, arm, method, optimizer, watch)
+    if isinstance(method, HareAndTortoise):
+        network.load_state_dict(method.slow_state(), strict=False)
     return measured | {"accuracy": accuracy(network, judges), "seconds": time.perf_counter() - started}
 
 

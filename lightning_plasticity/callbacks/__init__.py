@@ -2,6 +2,7 @@
 
 from lightning_plasticity.callbacks.activation_reset import ActivationReset
 from lightning_plasticity.callbacks.continual_backprop import ContinualBackprop
+from lightning_plasticity.callbacks.direction_aware_shrink import DirectionAwareShrink
 from lightning_plasticity.callbacks.hare_and_tortoise import HareAndTortoise
 from lightning_plasticity.callbacks.isometry_reinit import IsometryReinit
 from lightning_plasticity.callbacks.l2_init import L2Init
@@ -12,6 +13,7 @@ from lightning_plasticity.callbacks.parseval_regularization import ParsevalRegul
 from lightning_plasticity.callbacks.partial_reset import PartialReset
 from lightning_plasticity.callbacks.redo import ReDo
 from lightning_plasticity.callbacks.selective_reinit import SelectiveReinit
+from lightning_plasticity.callbacks.self_normalized_reset import SelfNormalizedReset
 from lightning_plasticity.callbacks.shrink_and_perturb import ShrinkAndPerturb
 from lightning_plasticity.callbacks.soft_weight_rescaling import SoftWeightRescaling
 from lightning_plasticity.callbacks.spectral_regularization import SpectralRegularization
@@ -20,6 +22,7 @@ from lightning_plasticity.callbacks.weight_clipping import WeightClipping
 __all__ = [
     "ActivationReset",
     "ContinualBackprop",
+    "DirectionAwareShrink",
     "HareAndTortoise",
     "IsometryReinit",
     "L2Init",
@@ -30,6 +33,7 @@ __all__ = [
     "PlasticityMonitor",
     "ReDo",
     "SelectiveReinit",
+    "SelfNormalizedReset",
     "ShrinkAndPerturb",
     "SoftWeightRescaling",
     "SpectralRegularization",

@@ -256,3 +256,54 @@ class ReferencePartialReset:
                 for k in layer.columns[i]:
                     layer.consumer.weight[:, k] *= 1 - share
         self.u = [[1.0] * len(u) for u in self.u]
+
+
+class ReferenceSelfNormalizedReset(Reference):
+    """Counts the silences of up to 31 steps one by one, as the library does."""
+
+    def __init__(self, model, *, significance, every, least, most, new_weights):
+        super().__init__(model)
+        self.significance, self.every, self.least, self.most = significance, every, least, most
+        self.new_weights, self.steps, self.history = new_weights, 0, []
+        self.silent = [[0] * len(layer.columns) for layer in self.layers]
+        self.threshold = [[most] * len(layer.columns) for layer in self.layers]
+        self.ended = [[[] for _ in layer.columns] for layer in self.layers]
+
+    @torch.no_grad()
+    def step(self):
+        self.steps += 1
+        chosen = {}
+        for k, layer in enumerate(self.layers):
+            h = self.activations(layer)
+            for i, columns in enumerate(layer.columns):
+                if (h[:, columns] > 0).any():
+                    self.ended[k][i].append(min(self.silent[k][i], self.most))
+                    self.silent[k][i] = 0
+                else:
+                    self.silent[k][i] += 1
+                if self.silent[k][i] >= self.threshold[k][i]:
+                    chosen.setdefault(k, []).append(i)
+                    self.ended[k][i].append(self.silent[k][i])
+                    self.silent[k][i] = 0
+        if chosen:
+            self.history.append({k: tuple(units) for k, units in chosen.items()})
+        for k, units in chosen.items():
+            for i in units:
+                self.layers[k].producer.weight[i] = self.new_weights(self.layers[k].producer.weight)[i]
+                self.layers[k].producer.bias[i] = 0.0
+        for k, units in chosen.items():
+            for i in units:
+                self.layers[k].consumer.weight[:, self.layers[k].columns[i]] = 0.0
+        if self.steps % self.every == 0:
+            self.learn()
+
+    def learn(self):
+        for of_layer, thresholds in zip(self.ended, self.threshold, strict=True):
+            for i, ended in enumerate(of_layer):
+                counted = sorted(silence for silence in ended if silence > 0)
+                if counted:
+                    enough = (1 - self.significance) * len(counted)
+                    likely = next(s for n, s in enumerate(counted, 1) if n >= enough - 1e-9)
+                    new = likely if likely < thresholds[i] else 2 * thresholds[i]
+                    thresholds[i] = min(max(new, self.least), self.most)
+                ended.clear()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from .harness import Client, Config, Refusal, Run, fit, instantiate
+from .harness import OF_A_TRAINING_STEP, Client, Config, Refusal, Run, fit, instantiate
 
 LATENT = 4
 
@@ -136,15 +136,18 @@ def train_fabric_gan(callbacks: list[Config]) -> Run:
 
 PARTS = ("generator", "discriminator")
 CLIENTS = [
-    Client("GAN, two optimizers by hand", train_gan, PARTS),
+    Client("GAN, two optimizers by hand", train_gan, PARTS, refused={"DirectionAwareShrink": OF_A_TRAINING_STEP}),
     Client(
         "GAN in a Fabric loop",
         train_fabric_gan,
         PARTS,
         refused={
+            "DirectionAwareShrink": Refusal(
+                "needs data to pass over and their loss", "Both can be given, but not in a configuration file."
+            ),
             "PlasticityMonitor": Refusal(
                 "PlasticityMonitor measures in a Trainer", "In a loop of one's own the metrics are updated by hand."
-            )
+            ),
         },
     ),
 ]

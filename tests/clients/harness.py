@@ -39,6 +39,7 @@ CALLBACKS: dict[str, Config] = {
     },
     "ReDo": {"threshold": 1.0, "every_n_train_steps": 2},
     "PartialReset": {"strength": 0.5, "every_n_train_steps": 2},
+    "SelfNormalizedReset": {"min_silence": 1, "max_silence": 1},
     "SelectiveReinit": {"fraction": 0.2, "reinit": "mean_noise"},
     "SoftWeightRescaling": {"coefficient": 0.1},
     "ShrinkAndPerturb": {"shrink": 0.8, "perturb": 0.2, "every_n_train_steps": 2},
@@ -46,6 +47,7 @@ CALLBACKS: dict[str, Config] = {
     "LayerReset": {"layers": 1, "every_n_train_steps": 2},
     "HareAndTortoise": {"decay": 0.9, "every_n_train_steps": 2},
     "IsometryReinit": {"every_n_train_steps": 2},
+    "DirectionAwareShrink": {"every_n_train_steps": 2},
     "OptimizerReset": {"every_n_train_steps": 2},
     "ParsevalRegularization": {"coefficient": 0.1},
     "SpectralRegularization": {"coefficient": 0.1},
@@ -60,7 +62,7 @@ CALLBACKS: dict[str, Config] = {
     },
 }
 MONITOR = "PlasticityMonitor"
-OF_UNITS = ("ContinualBackprop", "ActivationReset", "ReDo", "PartialReset")
+OF_UNITS = ("ContinualBackprop", "ActivationReset", "ReDo", "PartialReset", "SelfNormalizedReset")
 
 
 def configs(*names: str) -> list[Config]:
@@ -103,6 +105,12 @@ class Refusal:
 
     message: str
     reason: str
+
+
+OF_A_TRAINING_STEP = Refusal(
+    "must return the loss of the batch it is given, but with manual optimization",
+    "It makes steps of its own; `loss=` would say what a batch's loss is, but not in a configuration file.",
+)
 
 
 @dataclass(frozen=True, eq=False)

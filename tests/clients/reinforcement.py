@@ -15,7 +15,7 @@ from torch.distributions import Categorical
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, IterableDataset
 
-from .harness import Client, Config, Run, fit, instantiate
+from .harness import OF_A_TRAINING_STEP, Client, Config, Refusal, Run, fit, instantiate
 
 
 class Corridor:
@@ -180,6 +180,21 @@ def train_dqn(callbacks: list[Config]) -> Run:
 
 
 CLIENTS = [
-    Client("PPO, an actor that samples in `forward`", train_ppo, ("actor", "critic")),
-    Client("DQN with a target network", train_dqn, ("net",)),
+    Client(
+        "PPO, an actor that samples in `forward`",
+        train_ppo,
+        ("actor", "critic"),
+        refused={"DirectionAwareShrink": OF_A_TRAINING_STEP},
+    ),
+    Client(
+        "DQN with a target network",
+        train_dqn,
+        ("net",),
+        refused={
+            "DirectionAwareShrink": Refusal(
+                "The training data must come from one DataLoader with a batch_size, over a dataset with a length",
+                "What is drawn from a replay buffer has no end: which batches to pass over is to be said.",
+            )
+        },
+    ),
 ]

@@ -51,9 +51,9 @@ Each line is a small program of a kind that people write; they stand in `tests/c
 twice, with each callback. *acted*: the method changed weights in every part of the model in which it has to, and in
 no network that is not trained; all weights stayed finite, both runs ended with the same bits, and no hook was left.
 *measured*: the monitor logged finite numbers, and the weights ended with the bits of the plain run. *refused*: a
-clear error, given below. *Three together* are the first three of `ContinualBackprop`, `SoftWeightRescaling`,
-`L2Init`, `ShrinkAndPerturb` and `SelectiveReinit` that are not refused; in the second run a monitor stands before
-them, and changes no bit.
+clear error, given below. *nothing silent*: every unit fired in each of the few steps, and no weight was changed.
+*Three together* are the first three of `ContinualBackprop`, `SoftWeightRescaling`, `L2Init`, `ShrinkAndPerturb` and
+`SelectiveReinit` that are not refused; in the second run a monitor stands before them, and changes no bit.
 
 Made by `python -m clients.table` in the folder `tests`; the tests hold each cell to what they find.
 
@@ -84,9 +84,12 @@ def acts(client: Client, *names: str) -> str:
     observed = len(names) > 1 and MONITOR not in client.refused
     again = client.run(*[MONITOR] * observed, *names)
     check_run(client, run, again)
+    if names == ("SelfNormalizedReset",) and not written:
+        assert difference(plain(client).weights, run.weights) is None, "it changed weights without the editor"
+        return "nothing silent"
     assert difference(plain(client).weights, run.weights) is not None, "the weights are those of the run without it"
     found, expected = client.parts_of(written), set().union(*map(client.parts_for, names))
-    if names == ("OptimizerReset",):  # it writes to no weight
+    if names in (("OptimizerReset",), ("SelfNormalizedReset",)):  # to no weight, and only where units were silent
         expected = set()
     elif names == ("LayerReset",):  # the last layer belongs to one of the parts
         assert found, "it wrote nothing"
@@ -134,7 +137,8 @@ def page(outcomes: dict[tuple[str, str], str]) -> str:
     lines += [f"- {c.name}: {in_code(c.without_units)}" for c in CLIENTS if c.without_units]
     lines += ["", "Parts that one method leaves alone:", ""]
     lines += [f"- {c.name}, {name}: {in_code(parts)}" for c in CLIENTS for name, parts in c.leaves.items()]
-    lines += ["", "`LayerReset` works on one part, that of the last layer, and `OptimizerReset` on no weights."]
+    lines += ["", "`LayerReset` works on one part, that of the last layer, `OptimizerReset` on no weights,"]
+    lines += ["and `SelfNormalizedReset` on parts where units were silent."]
     lines += ["", "## Where a callback refuses", ""]
     lines += [f'- {client}, {name}: "… {r.message} …". {r.reason}' for client, name, r in refusals]
     return BEGINNING + "\n".join(lines) + "\n"

@@ -105,6 +105,7 @@ CLIENTS = [
         ("model",),
         refused={
             **dict.fromkeys(OF_LAYERS, Refusal("needs weights of linear, convolution or attention layers", OF_CONV1D)),
+            "DirectionAwareShrink": Refusal("needs linear, attention or convolution layers", OF_CONV1D),
             "IsometryReinit": Refusal("needs weights of linear, attention or convolution layers", OF_CONV1D),
             "LayerReset": Refusal(
                 "would also reset 'model.transformer.wte.weight', which is one parameter with 'model.lm_head.weight'",

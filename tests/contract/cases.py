@@ -4,8 +4,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
 from contract.minimal_method import NoisyUnits
 from lightning_plasticity import (
+    DirectionAwareShrink,
     HareAndTortoise,
     IsometryReinit,
     L2Init,
@@ -14,6 +19,7 @@ from lightning_plasticity import (
     ParsevalRegularization,
     PartialReset,
     SelectiveReinit,
+    SelfNormalizedReset,
     ShrinkAndPerturb,
     SoftWeightRescaling,
     SpectralRegularization,
@@ -47,6 +53,14 @@ class Case:
     leaves_out: Mapping[str, str] = field(default_factory=dict)
 
 
+def loss_of_a_batch(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    device, dtype = model.net.head.weight.device, model.net.head.weight.dtype
+    return cross_entropy(model.net(batch[0].to(device, dtype)), batch[1].to(device))
+
+
+BATCHES_TO_PASS_OVER = [(torch.arange(48.0).view(8, 6).mul(i + 1).sin(), torch.arange(8) % 3) for i in range(2)]
+dash = partial(DirectionAwareShrink, data=BATCHES_TO_PASS_OVER, loss=loss_of_a_batch, every_n_train_steps=4)
+
 CASES = [
     Case("ContinualBackprop", partial(ContinualBackprop, 0.1, 2), rate_zero=partial(ContinualBackprop, 0.0)),
     Case(
@@ -61,6 +75,11 @@ CASES = [
         rate_zero=partial(ReDo, 0.01, 10_000, score="gradient"),
     ),
     Case("PartialReset", partial(PartialReset, 0.5, 3), rate_zero=partial(PartialReset, 0.5, 10_000)),
+    Case(
+        "SelfNormalizedReset",
+        partial(SelfNormalizedReset, 0.5, every_n_train_steps=3, min_silence=1, max_silence=2),
+        rate_zero=partial(SelfNormalizedReset, max_silence=10_000),
+    ),
     Case("ReDo over steps", partial(ReDo, 0.5, 3, score_steps=2), rate_zero=partial(ReDo, 0.025, 10_000)),
     Case(
         "SoftWeightRescaling",
@@ -128,6 +147,7 @@ CASES = [
         partial(IsometryReinit, every_n_train_steps=4),
         rate_zero="it either makes isometries or does not",
     ),
+    Case("DirectionAwareShrink", dash, rate_zero=partial(dash, every_n_train_steps=10_000)),
     Case(
         "OptimizerReset",
         partial(OptimizerReset, every_n_train_steps=4),

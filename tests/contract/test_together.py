@@ -73,6 +73,8 @@ CALLBACKS: dict[str, Callable[[], Any]] = {
     "LayerReset": lambda: lp.LayerReset(1, every_n_train_steps=4),
     "SelectiveReinit": lambda: lp.SelectiveReinit(0.2, "mean_noise", every_n_train_steps=4),
     "PartialReset": lambda: lp.PartialReset(every_n_train_steps=2),
+    "SelfNormalizedReset": lambda: lp.SelfNormalizedReset(min_silence=1, max_silence=1),
+    "DirectionAwareShrink": lambda: lp.DirectionAwareShrink(data=list(Batches()), every_n_train_steps=4),
     "HareAndTortoise": lambda: lp.HareAndTortoise(every_n_train_steps=4),
     "IsometryReinit": lambda: lp.IsometryReinit(every_n_train_steps=4),
     "OptimizerReset": lambda: lp.OptimizerReset(every_n_train_steps=4),

@@ -93,7 +93,8 @@ def test_some_methods_change_the_network_when_the_images_come(study, arm, parts)
     before = {name: weight.clone() for name, weight in network.named_parameters()}
     arm = study.ARMS[arm]
     coefficients = arm.grid[0]
-    study.train(network, images, 0, arm, coefficients, arm.with_new_images(coefficients, 0))
+    optimizer = study.make_optimizer(network, arm, coefficients)
+    study.train(network, images, 0, arm, arm.with_new_images(coefficients, 0, images), optimizer)
     changed = {name.split(".")[1] for name, weight in network.named_parameters() if not before[name].equal(weight)}
     assert changed == set(parts)
 
@@ -104,9 +105,9 @@ def test_soft_weight_rescaling_remembers_the_first_norms_when_the_images_come(st
     before = network.classifier.hidden.weight.norm().item()
     arm = study.ARMS["SoftWeightRescaling"]
     method = arm.from_the_start((1.0,), 0)
-    study.train(network, images, 1, arm, (1.0,), method)
+    study.train(network, images, 1, arm, method, study.make_optimizer(network, arm, (1.0,)))
     network.classifier.hidden.weight.data.mul_(2.0)
-    study.train(network, images, 1, arm, (1.0,), method)
+    study.train(network, images, 1, arm, method, study.make_optimizer(network, arm, (1.0,)))
     assert network.classifier.hidden.weight.norm().item() == pytest.approx(before, rel=1e-5)
 
 

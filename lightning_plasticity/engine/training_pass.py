@@ -1,0 +1,168 @@
+"""Gradients of the training loss, of which nothing remains: neither in the model nor in what the Trainer logs."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+
+from lightning_plasticity.distributed import world_size
+from lightning_plasticity.units.examining import undisturbed
+
+Loss = Callable[[nn.Module, Any], Tensor | None]  # of the model, and a batch as the data give it; None passes over it
+_NEGLIGIBLE = 2.0**-30  # the share of a batch in an average that is less than rounding
+
+
+def average_gradients(
+    model: nn.Module, parameters: Sequence[nn.Parameter], data: Iterable[Any], loss: Loss, weight: float
+) -> tuple[list[Tensor], int]:
+    r"""A running average of the gradients of batches, :math:`G \leftarrow (1 - a) G + a \nabla L`, in training mode.
+
+    The model, its statistics, gradients and random numbers are as they were at the end, and hooks of methods hear
+    nothing. A batch whose gradients are not finite does not count.
+
+    Returns:
+        The average for each parameter, in float32 at least, and how many batches it is of.
+    """
+    averages = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+    batches, trained = 0, list(model.parameters())
+    before = [parameter.grad for parameter in trained]
+    with (
+        undisturbed(model),
+        _attributes_put_back(model),
+        torch.compiler.set_stance("force_eager"),  # code would be compiled once more, for this alone
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        try:
+            model.train()
+            for batch in data:
+                for parameter in trained:
+                    parameter.grad = None
+                value = loss(model, batch)
+                if value is None:
+                    continue
+                _checked(value).backward()  # type: ignore[no-untyped-call]
+                gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+                if all(bool(gradient.isfinite().all()) for gradient in gradients):
+                    batches += 1
+                    for average, new in zip(averages, gradients, strict=True):
+                        average.lerp_(new.to(average.dtype), weight)
+        finally:
+            for parameter, kept in zip(trained, before, strict=True):
+                parameter.grad = kept
+    return averages, batches
+
+
+def _checked(loss: object) -> Tensor:
+    if isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad:
+        return loss
+    got = type(loss).__name__
+    if isinstance(loss, Tensor):
+        got = f"shape {tuple(loss.shape)}" if loss.ndim else "a number that depends on none"
+    raise ValueError(
+        f"The loss of a batch must be one number that depends on trained parameters, got {got}. Give it as "
+        "loss=lambda model, batch: cross_entropy(model(batch[0]), batch[1])."
+    )
+
+
+@contextmanager
+def _attributes_put_back(model: nn.Module) -> Iterator[None]:
+    """Puts back what a training step notes in its modules besides parameters and buffers: counts, metrics, lists."""
+    modules = list(model.modules())
+    attributes = [dict(vars(module)) for module in modules]
+    values = [value for of_module in attributes for value in of_module.values()]
+    held = [(value, copy.copy(value)) for value in values if type(value) in (list, dict, set, deque)]
+    tensors = [value for value in values if isinstance(value, Tensor) and value.is_leaf]
+    numbers = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        for module, of_module in zip(modules, attributes, strict=True):
+            vars(module).clear()
+            vars(module).update(of_module)
+        for value, content in held:
+            value.clear()
+            value.extend(content) if isinstance(value, (list, deque)) else value.update(content)
+        with torch.no_grad():
+            for tensor, number in zip(tensors, numbers, strict=True):
+                tensor.copy_(number)
+
+
+# ---- what a Trainer trains with
+
+
+def trainers_loss(trainer: Trainer, model: nn.Module) -> Loss:
+    """The loss that the ``training_step`` of the Trainer's model returns, of which nothing is logged.
+
+    Raises:
+        ValueError: If it cannot be told from outside of the Trainer's loop.
+    """
+    module: Any = model  # a LightningModule, of lightning or of pytorch_lightning
+    arguments = inspect.signature(module.training_step).parameters
+    if not module.automatic_optimization or "dataloader_iter" in arguments:
+        raise ValueError(
+            f"The training_step of {type(module).__name__} must return the loss of the batch it is given, but with "
+            "manual optimization, or an iterator over batches, it does more. Give loss=lambda model, batch: "
+            "cross_entropy(model(batch[0]), batch[1])."
+        )
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+
+    def loss(model: nn.Module, batch: Any) -> Tensor | None:
+        for part in model.modules():
+            if callable(getattr(part, "log_dict", None)):  # of lightning, or of pytorch_lightning
+                vars(part).update(log=_no_log, log_dict=_no_log)
+        with trainer.precision_plugin.train_step_context():
+            output = module.training_step(*([batch, 0] if len(arguments) > 1 else [batch]))
+        value = output.get("loss") if isinstance(output, Mapping) else output
+        if isinstance(value, Tensor) and scaler is not None:
+            scaled: Tensor = scaler.scale(value)  # without which small gradients are 0 in float16
+            return scaled
+        return value
+
+    return loss
+
+
+def _no_log(*args: Any, **kwargs: Any) -> None:
+    """Takes the place of ``log`` and ``log_dict``."""
+
+
+def trainers_batches(trainer: Trainer, weight: float) -> Iterator[Any]:
+    """This rank's share of the training data in their order, from where on batches count in a running average.
+
+    Raises:
+        ValueError: If the data have no order of their own, or come from several loaders.
+    """
+    loader = trainer.train_dataloader
+    size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or size is None:
+        raise ValueError(
+            "The training data must come from one DataLoader with a batch_size, over a dataset with a length, got "
+            f"{type(loader).__name__}. Give the batches to pass over as data=."
+        )
+    dataset: Dataset[Any] = loader.dataset
+    rank = dist.get_rank() if world_size() > 1 else 0
+    order: list[int] = list(DistributedSampler(dataset, world_size(), rank, shuffle=False))
+    counting = 1 if weight == 1 else math.ceil(math.log(_NEGLIGIBLE) / math.log(1 - weight))
+    begin = max(0, math.ceil(len(order) / size) - counting) * size
+    again = DataLoader(
+        dataset,
+        size,
+        sampler=order[begin:],
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
+    for batch in again:
+        yield trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
