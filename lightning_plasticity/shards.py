@@ -21,6 +21,15 @@ if dist.is_available():
     from torch.distributed.tensor import DTensor
 
 
+# FSDP1 with flat and with original parameters, and DeepSpeed stage 3.
+_MARKS_OF_FLATTENING = ("_is_flat_param", "_fsdp_flattened", "ds_id")
+
+
+def is_flattened(parameter: Tensor) -> bool:
+    """Whether a parameter is a piece of a flat one, which does not know its shape."""
+    return any(hasattr(parameter, mark) for mark in _MARKS_OF_FLATTENING)
+
+
 def is_shared_out(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether a tensor is a ``DTensor``, of which each rank may hold only a part.
 

@@ -9,9 +9,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_plasticity.distributed import any_rank_has
 from lightning_plasticity.layer_views import LayerView, view_of
-from lightning_plasticity.shards import is_shared_out, local
-
-_MARKS_OF_FLATTENING = ("_is_flat_param", "_fsdp_flattened", "ds_id")  # FSDP1, with original parameters, DeepSpeed 3
+from lightning_plasticity.shards import is_flattened, is_shared_out, local
 
 
 def check_whole(model: nn.Module, needs: str) -> None:
@@ -28,16 +26,12 @@ def check_whole(model: nn.Module, needs: str) -> None:
 def check_own_shapes(model: nn.Module, needs: str) -> None:
     """Raise if parameters of a model are pieces of flat ones; ``needs`` begins the error: who needs their shapes."""
     for name, parameter in model.named_parameters():
-        if _is_flattened(parameter):
+        if is_flattened(parameter):
             by = "DeepSpeed stage 3" if hasattr(parameter, "ds_id") else "FSDP1, as by strategy='fsdp'"
             raise RuntimeError(
                 f"{needs} parameters that keep their shapes, but {name!r} is sharded ({by}, makes flat pieces). "
                 "Use ModelParallelStrategy, which shards by FSDP2, or strategy='ddp', which keeps parameters whole."
             )
-
-
-def _is_flattened(parameter: Tensor) -> bool:
-    return any(hasattr(parameter, mark) for mark in _MARKS_OF_FLATTENING)
 
 
 def check_trains(model: nn.Module, optimizers: Iterable[Any]) -> None:
@@ -121,7 +115,7 @@ def check_parameter(parameter: Tensor, name: str) -> None:
     """Raise if a parameter cannot be written to."""
     if nn.parameter.is_lazy(parameter):
         raise RuntimeError(f"An edit needs initialised parameters, but {name} has no shape yet. Run one batch first.")
-    if _is_flattened(parameter):
+    if is_flattened(parameter):
         raise RuntimeError(
             f"An edit needs parameters that keep their shapes, but {name} is a piece of a flat one. "
             "Use ModelParallelStrategy (FSDP2), or a strategy that keeps a copy on every rank, such as DDP."

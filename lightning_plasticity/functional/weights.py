@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity import checks
-
-# FSDP with flat and with original parameters, and DeepSpeed stage 3.
-_MARKS_OF_FLATTENING = ("_is_flat_param", "_fsdp_flattened", "ds_id")
+from lightning_plasticity.shards import is_flattened
 
 Source = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
@@ -61,7 +59,7 @@ def dense(name: str, value: object) -> Tensor:
             f"{name} must be a dense tensor of floating-point numbers, got {tensor.dtype} in the layout "
             f"{tensor.layout}: convert it, or leave it out and pass the others as a mapping from names to tensors."
         )
-    if any(hasattr(tensor, mark) for mark in _MARKS_OF_FLATTENING):
+    if is_flattened(tensor):
         raise ValueError(
             f"{name} must be a parameter of its own, got a part of a flat one (FSDP1 or DeepSpeed stage 3), which does "
             "not know its shape: use a strategy that keeps parameters whole, or FSDP2."

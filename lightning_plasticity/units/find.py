@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.names import original
-from lightning_plasticity.shards import is_shared_out
+from lightning_plasticity.shards import is_flattened
 from lightning_plasticity.units.examining import undisturbed
 from lightning_plasticity.units.network import Network
+from lightning_plasticity.units.probing import GLANCES
+from lightning_plasticity.units.together import as_if_alone, example_of_all
 from lightning_plasticity.units.wiring import Group, Wiring
 
 
@@ -69,7 +71,9 @@ class Findings:
 def find_units(model: nn.Module, *inputs: Any, explain: bool = False, **named_inputs: Any) -> list[HiddenUnits]:
     """Finds the hidden units of a network by running it on an example.
 
-    The network runs some dozens of times, in evaluation mode and without gradients, and is afterwards as it was.
+    The network runs some dozens of times, in evaluation mode and without gradients, and is afterwards as it was. Where
+    FSDP2 or tensor parallelism shares its parameters out among ranks, all ranks must call this; the example of rank 0
+    counts.
 
     Args:
         model: any network; a compiled one is examined through its original module.
@@ -98,7 +102,8 @@ def explore(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *,
     """Like ``find_units``, for any call of the model; without ``explain`` only the cheap reasons are given."""
     model = original(model)
     _refuse_unprobeable(model)
-    with undisturbed(model):
+    args, kwargs = example_of_all(model, (tuple(args), dict(kwargs)))
+    with undisturbed(model), as_if_alone(model, GLANCES):
         network = Network(model, args, kwargs)
         wiring = Wiring(network)
         if explain:
@@ -127,11 +132,11 @@ def _refuse_unprobeable(model: nn.Module) -> None:
             raise ValueError(
                 f"Parameter {name!r} is on the meta device and has no values. Materialise the model first."
             )
-        if is_shared_out(parameter):
+        if is_flattened(parameter):
             raise ValueError(
-                f"Finding hidden units needs whole parameters on every rank, but {name!r} is sharded (FSDP, DeepSpeed "
-                "stage 3 or tensor parallelism). Find them before the model is sharded, or use a strategy that keeps "
-                "parameters whole, for instance strategy='ddp'."
+                f"Finding hidden units needs parameters that keep their shapes, but {name!r} is sharded as a piece of "
+                "a flat one (FSDP1 or DeepSpeed stage 3). Find them before the model is sharded, or shard it by FSDP2 "
+                "(fully_shard, ModelParallelStrategy)."
             )
 
 

@@ -63,7 +63,7 @@ _SCALAR_READS = frozenset(["item", "tolist", "__bool__", "__float__", "__int__",
 _LOOKS_FOR_NAN = frozenset(["isfinite", "isnan", "isinf", "isposinf", "isneginf"])
 _REPLACES_NAN = frozenset(["nan_to_num", "nan_to_num_"])
 # Calls on a parameter that only look at it.
-_GLANCES = frozenset(
+GLANCES = frozenset(
     (
         *("__get__", "size", "dim", "numel", "stride", "is_contiguous", "data_ptr", "type", "is_floating_point"),
         *("__len__", "__hash__"),
@@ -316,7 +316,7 @@ class Watch(TorchFunctionMode):
         if self._paused:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if name not in _GLANCES:
+        if name not in GLANCES:
             with self._pause():
                 args = self._before_call(name, args, kwargs)
         result = self._call(name, func, args, kwargs)

@@ -5,9 +5,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from torch import distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch import nn
 from torch.nn import functional as F
 
 from lightning_plasticity.units import __main__ as command
@@ -585,17 +583,10 @@ def test_what_cannot_be_probed_is_refused(model, inputs, message):
             find_units(model, *inputs)
 
 
-@pytest.fixture
-def mesh(tmp_path):
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    distributed.destroy_process_group()
-
-
-def test_sharded_parameters_are_refused(mesh):
+def test_flat_parameters_are_refused():
     model = mlp()
-    parallelize_module(model, mesh, {"0": ColwiseParallel()})
-    with pytest.raises(ValueError, match=r"needs whole parameters on every rank, but '0.weight' is sharded"):
+    model[0].weight._is_flat_param = True
+    with pytest.raises(ValueError, match=r"keep their shapes, but '0.weight' is sharded .* shard it by FSDP2"):
         find_units(model, *VECTOR)
 
 
