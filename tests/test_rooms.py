@@ -17,7 +17,7 @@ FLOORS = [
     ["engine", "layers", "metrics"],
     ["functional", "editing", "units"],
     ["shards"],
-    ["distributed", "checks", "examining", "layer_views", "names"],
+    ["kernels", "distributed", "checks", "examining", "layer_views", "names"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -13,7 +13,6 @@ from lightning_plasticity import checks
 from lightning_plasticity.distributed import sum_over_ranks, world_size
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.engine.maturity import whole_and_rest
-from lightning_plasticity.engine.population import average_in
 from lightning_plasticity.engine.unit_callback import UnitCallback
 from lightning_plasticity.engine.unit_sets import UnitSet
 from lightning_plasticity.functional.activation_reset import RELU, TANH, ActivationStrategy, strategy_for
@@ -158,7 +157,7 @@ class ActivationReset(UnitCallback):
     def _measure(self, sets: Sequence[int]) -> None:
         population = self._population
         activation = population.mean_over_consumers(population.take_means(sets)[0], sets)
-        average_in(self._averages["utility"], population.places(sets)[0], activation, 1 - self.decay_rate)
+        self._average_in(sets, {"utility": activation}, 1 - self.decay_rate)
 
     @override
     def _finish(self, sets: Sequence[int]) -> None:

@@ -14,7 +14,6 @@ from lightning_plasticity.distributed import sum_over_ranks, world_size
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.editing.initial import Init, InitialDistribution, check_init
 from lightning_plasticity.engine.maturity import whole_and_rest
-from lightning_plasticity.engine.population import average_in
 from lightning_plasticity.engine.unit_callback import UnitCallback
 from lightning_plasticity.engine.unit_sets import Reader, UnitSet, weights_of_producers
 from lightning_plasticity.functional.continual_backprop import UTILITIES, Utility, bias_corrected, least, per_incoming
@@ -131,15 +130,16 @@ class ContinualBackprop(UnitCallback):
 
     @override
     def _measure(self, sets: Sequence[int]) -> None:
-        population = self._population
-        units, columns = population.places(sets)
+        population, new_weight = self._population, 1 - self.decay_rate
         mean, size = population.take_means(sets)
-        new_weight = 1 - self.decay_rate
-        average_in(self._averages["activation"], columns, mean, new_weight)
+        new = {"activation": mean}
         if self._centred:
+            self._average_in(sets, new, new_weight)
             size = population.activations.take_mean_distance(self._mean_activation(sets), population.readers(sets))
+            new = {}
         if self.utility != "random":
-            average_in(self._averages["utility"], units, self._current_utility(size, sets), new_weight)
+            new["utility"] = self._current_utility(size, sets)
+        self._average_in(sets, new, new_weight)
 
     def _mean_activation(self, sets: Sequence[int]) -> Tensor:
         """The mean activation of each column, corrected for the average's start."""
@@ -153,8 +153,8 @@ class ContinualBackprop(UnitCallback):
             incoming = population.incoming(sets)
             return per_incoming(torch.ones_like(incoming), incoming)
         if self.utility == "weight":
-            return population.per_unit(population.outgoing(sets), sets)
-        contribution = population.per_unit(population.outgoing(sets).mul_(size), sets)
+            return population.contribution(sets)
+        contribution = population.contribution(sets, size)
         if self.utility == "adaptable_contribution":
             return per_incoming(contribution, population.incoming(sets))
         return contribution

@@ -162,9 +162,12 @@ class L2Init(PlasticityCallback):
         for group in optimizer.param_groups:
             parameters = [p for p in group["params"] if p in self._initial and p.requires_grad]
             if parameters:
-                values = self.editor.precise(parameters)
                 rate = group["lr"] * self.coefficient * self.every_n_train_steps
-                self.editor.add(parameters, l2_init_update(values, self._aims(parameters, values), rate))
+                if self.match == "position":
+                    self.editor.draw_towards(parameters, [self._initial[p] for p in parameters], rate)
+                else:
+                    values = self.editor.precise(parameters)
+                    self.editor.add(parameters, l2_init_update(values, self._aims(parameters, values), rate))
 
     def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Runs when ``optimizer.step()`` begins, and adds the penalty to the gradients, or to those of its closure."""

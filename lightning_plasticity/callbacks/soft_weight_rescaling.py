@@ -24,6 +24,7 @@ from lightning_plasticity.functional.soft_weight_rescaling import (
     log_rescaling_factor,
     log_rescaling_factors,
 )
+from lightning_plasticity.kernels import Tensors
 from lightning_plasticity.layers.flow import Flow, flow_in
 from lightning_plasticity.layers.rescaling import change_of_outputs, plan
 from lightning_plasticity.names import submodule
@@ -47,7 +48,6 @@ class _Share:
     exponents: Tensor
     coefficients: Tensor
     factors: Tensor
-    each_factor: Sequence[Tensor]
     terms: list[list[tuple[int, float]]] | None  # exponents other than 0, where Python is to work the factors out
 
 
@@ -215,6 +215,7 @@ class SoftWeightRescaling(PlasticityCallback):
             zip(self._weights, zip(self._initial_norms, self._last_norms, strict=True), strict=True)
         )
         self._weights = rescaling.weights
+        self._weights_together = Tensors([*self._weights.values()])
         self._dtype = torch.float32
         for weight in self._weights.values():
             self._dtype = torch.promote_types(self._dtype, weight.dtype)
@@ -255,7 +256,6 @@ class SoftWeightRescaling(PlasticityCallback):
             exponents.to(self._initial_norms),
             (own * self._coefficients).amax(1).to(self._initial_norms),
             factors,
-            factors.unbind(),
             terms if is_small else None,
         )
 
@@ -293,7 +293,8 @@ class SoftWeightRescaling(PlasticityCallback):
     @override
     def _stop(self) -> None:
         self._flow, self._weights, self._shares = Flow((), ()), {}, {}
-        vars(self).pop("_rescaling", None)
+        for name in ("_rescaling", "_weights_together"):
+            vars(self).pop(name, None)
 
     # ---- after every step
 
@@ -306,7 +307,7 @@ class SoftWeightRescaling(PlasticityCallback):
         if not share.tensors:
             return
         self._find_factors(share)
-        self.editor.scale(share.tensors, share.each_factor)
+        self.editor.scale(share.tensors, share.factors)
         if self.rebase_on_lr_drop is not None:
             self._last_norms = self._norms()
 
@@ -316,8 +317,8 @@ class SoftWeightRescaling(PlasticityCallback):
         In a small network on the CPU Python's numbers take less time than a few small tensors.
         """
         if share.terms is not None:
-            numbers = zip(self._norm_of_each(), self._initial_norms.tolist(), share.coefficients.tolist(), strict=True)
-            logs = [log_rescaling_factor(norm.item(), initial, lambda_) for norm, initial, lambda_ in numbers]
+            numbers = (values.tolist() for values in (self._norms(), self._initial_norms, share.coefficients))
+            logs = [log_rescaling_factor(*of_weight) for of_weight in zip(*numbers, strict=True)]
             share.factors.numpy()[:] = [
                 math.exp(sum([exponent * logs[i] for i, exponent in terms])) for terms in share.terms
             ]
@@ -329,10 +330,12 @@ class SoftWeightRescaling(PlasticityCallback):
 
     @torch.no_grad()
     def _norms(self) -> Tensor:
-        return torch.stack(self._norm_of_each())
-
-    def _norm_of_each(self) -> tuple[Tensor, ...] | list[Tensor]:
-        return torch._foreach_norm(list(self._weights.values()), dtype=self._dtype)
+        kernels = self._weights_together.kernels()
+        if kernels is None:
+            return torch.stack(torch._foreach_norm(self._weights_together.tensors, dtype=self._dtype))
+        norms = torch.empty(len(self._weights), dtype=self._dtype)
+        kernels.norms(self._weights_together, norms)
+        return norms
 
     def _joint(self, norms: Tensor) -> Tensor:
         return norms if self._groups is None else joint_norms(norms, self._groups)

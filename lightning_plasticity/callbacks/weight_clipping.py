@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -88,10 +87,6 @@ class WeightClipping(PlasticityCallback):
 
     @override
     def _after_step(self, optimizer: Optimizer | None) -> None:
-        by_limit: dict[float, list[Tensor]] = defaultdict(list)
-        for _, weights in self._weights.trained_by(optimizer):
-            for weight in weights:
-                limit, tensors = self._limited[weight]
-                by_limit[limit] += tensors
-        for limit, tensors in by_limit.items():
-            self.editor.clamp(tensors, limit)
+        limited = [self._limited[w] for _, weights in self._weights.trained_by(optimizer) for w in weights]
+        limits = [limit for limit, tensors in limited for _ in tensors]
+        self.editor.clamp([tensor for _, tensors in limited for tensor in tensors], limits)

@@ -26,6 +26,7 @@ from lightning_plasticity.editing.initial import copy_to_cpu, reset_on_cpu
 from lightning_plasticity.editing.optimizer_state import EntryState
 from lightning_plasticity.editing.optimizer_state import OptimizerState as OptimizerState
 from lightning_plasticity.editing.remainders import Remainders
+from lightning_plasticity.kernels import Tensors
 from lightning_plasticity.layer_views import LayerView, view_of
 from lightning_plasticity.names import submodule
 from lightning_plasticity.shards import Part, by_output, local, part_of, sum_over_shards
@@ -86,6 +87,7 @@ class Editor:
         self._state.follow()
         self.remainders = Remainders(model)
         self._layers: dict[str, LayerView] = {}
+        self._groups: dict[tuple[int, ...], Tensors] = {}  # of tensors that are written together
         self._initial_norms: dict[str, dict[str, Tensor]] = {}
 
     def close(self) -> None:
@@ -254,20 +256,25 @@ class Editor:
             self._state.renew_whole(tensors)
 
     @torch.no_grad()
-    def scale(self, tensors: Sequence[Tensor], factors: Sequence[Tensor] | float) -> None:
-        """Multiply whole parameters or buffers by a number, or each by its own tensor without dimensions."""
-        if not isinstance(factors, float | int):
-            factors = list(factors)
-            if len(factors) != len(tensors) or any(factor.dim() for factor in factors):
-                raise ValueError(
-                    f"scale needs one number, or a tensor without dimensions for each of {len(tensors)} tensors, "
-                    f"but got tensors of the shapes {[tuple(factor.shape) for factor in factors]}."
-                )
-        if tensors:
+    def scale(self, tensors: Sequence[Tensor], factors: Tensor | float) -> None:
+        """Multiply whole parameters or buffers by a number, or each by its own entry of a tensor of one dimension."""
+        if isinstance(factors, Tensor) and factors.shape != (len(tensors),):
+            raise ValueError(
+                f"scale needs one number, or a tensor with an entry for each of {len(tensors)} tensors, "
+                f"but got one of shape {tuple(factors.shape)}."
+            )
+        if not tensors:
+            return
+        group = self._group(tensors) if isinstance(factors, Tensor) else None
+        kernels = None if group is None else group.kernels()
+        if group is not None and kernels is not None and isinstance(factors, Tensor):
+            kernels.scale(group, factors.to(tensors[0].dtype))
+            group.written()
+        else:
             values = self.remainders.open(tensors)
-            torch._foreach_mul_(values, factors)
+            torch._foreach_mul_(values, list(factors.unbind()) if isinstance(factors, Tensor) else factors)
             self.remainders.close(tensors, values)
-            self._state.renew_whole(tensors)
+        self._state.renew_whole(tensors)
 
     @torch.no_grad()
     def add(self, tensors: Sequence[Tensor], amounts: Sequence[Tensor], factor: float = 1.0) -> None:
@@ -280,19 +287,54 @@ class Editor:
             self._state.renew_whole(tensors)
 
     @torch.no_grad()
-    def clamp(self, tensors: Sequence[Tensor], limit: float) -> None:
-        """Bring every entry into ``[-limit, limit]``. Optimizer state stays: a bound renews nothing."""
+    def draw_towards(self, tensors: Sequence[Tensor], targets: Sequence[Tensor], rate: Tensor | float) -> None:
+        """Take from whole parameters or buffers the ``rate``-fold of their distance from ``targets``, which stay."""
+        check_pairs(tensors, targets, "draw_towards", "targets")
         if not tensors:
             return
+        group = self._group(tensors, targets)
+        kernels = group.kernels()
+        if kernels is not None and isinstance(rate, float):
+            kernels.pull(group, rate)
+            group.written()
+        else:
+            values = self.remainders.open(tensors)
+            amounts = torch._foreach_sub(values, [local(target) for target in targets])
+            torch._foreach_mul_(amounts, -rate)
+            torch._foreach_add_(values, amounts)
+            self.remainders.close(tensors, values)
+        self._state.renew_whole(tensors)
+
+    @torch.no_grad()
+    def clamp(self, tensors: Sequence[Tensor], limits: Sequence[float] | float) -> None:
+        """Bring every entry into ``[-limit, limit]``, one limit for all or one for each tensor.
+
+        Optimizer state stays: a bound renews nothing.
+        """
+        if not tensors:
+            return
+        each = [limits] * len(tensors) if isinstance(limits, float | int) else list(limits)
         if self._state.has_lbfgs:  # which has to know of it, where anything is beyond the limit
-            self._state.restart_lbfgs([t for t in tensors if local(t).numel() and local(t).abs().amax() > limit])
-        held = [local(tensor) for tensor in tensors]
-        if held[0].device.type == "cpu":  # one pass over each instead of two
-            for values in held:
+            pairs = [(tensor, local(tensor), limit) for tensor, limit in zip(tensors, each, strict=True)]
+            self._state.restart_lbfgs([t for t, own, limit in pairs if own.numel() and own.abs().amax() > limit])
+        group = self._group(tensors)
+        kernels = group.kernels()
+        held = [] if kernels is not None else [local(tensor) for tensor in tensors]
+        if kernels is not None:
+            kernels.clamp(group, each)
+            group.written()
+        elif held[0].is_cpu:  # one pass over each instead of two
+            for values, limit in zip(held, each, strict=True):
                 values.clamp_(-limit, limit)
         else:
-            torch._foreach_clamp_min_(held, -limit)
-            torch._foreach_clamp_max_(held, limit)
+            torch._foreach_clamp_min_(held, [-limit for limit in each])
+            torch._foreach_clamp_max_(held, each)
+
+    def _group(self, tensors: Sequence[Tensor], beside: Sequence[Tensor] = ()) -> Tensors:
+        key = (id(tensors[0]), len(tensors), len(beside))
+        if key not in self._groups or not self._groups[key].are(tensors, beside):
+            self._groups[key] = Tensors(tensors, beside)
+        return self._groups[key]
 
     def _set(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         torch._foreach_copy_([local(tensor) for tensor in tensors], list(values))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,10 +17,11 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.engine.forward import ModelHook, in_backward
 from lightning_plasticity.engine.unit_sets import Reader, channels_of
+from lightning_plasticity.kernels import kernels_on
 from lightning_plasticity.units.examining import is_examining
 
 _PIECE = 2**18  # entries
-_SMALL = 2**16  # entries whose absolute values are written to memory that stays
+_KINDS_OF_BATCHES = 16  # whose sizes are remembered on the device
 
 _listeners: weakref.WeakValueDictionary[int, Callable[[Tensor, bool], None]] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -65,23 +67,21 @@ class Activations:
         self._with_sizes, self._with_inputs = with_sizes, with_inputs
         self._readers: list[Reader] = []
         self._rows: list[int] = []  # how many each reader has been given; of one row the size follows from the total
-        self._totals = self._sizes = torch.zeros(0)
+        self._sums = torch.zeros(2, 0)  # totals and sizes, whose own names are
+        self._totals, self._sizes = self._sums
         self._parts: list[tuple[Tensor, Tensor]] = []  # of totals and sizes, for each reader
+        self._counts: dict[tuple[int, ...], Tensor] = {}
         self._inputs: dict[int, list[Tensor]] = {}
-        self._memory: dict[torch.Size, Tensor] = {}
 
     def add(self, readers: Sequence[Reader], zeros: Callable[[int], Tensor]) -> None:
         """Makes room for more readers, which have the next numbers; ``zeros`` makes an array."""
         self._readers += readers
         self._rows += [0] * len(readers)
         more = sum(reader.table.entries.numel() for reader in readers)
-        self._totals, self._sizes = (
-            torch.cat([sums.to(zeros(0)), zeros(more)]) for sums in (self._totals, self._sizes)
-        )
-        # With a dimension for the row.
-        sums = torch.stack([self._totals, self._sizes]).unsqueeze(1)
-        self._totals, self._sizes = sums[0, 0], sums[1, 0]
-        self._parts = [(sums[0, :, reader.columns], sums[1, :, reader.columns]) for reader in self._readers]
+        self._sums = torch.cat([self._sums.to(zeros(0)), torch.stack([zeros(more), zeros(more)])], 1)
+        self._totals, self._sizes = self._sums
+        self._parts = [(self._sums[0, reader.columns], self._sums[1, reader.columns]) for reader in self._readers]
+        self._counts = {}
 
     def hook(self, layer: nn.Module, readers: Sequence[Reader]) -> ModelHook:
         """What to call with the arguments and keyword arguments of each call of a layer."""
@@ -92,25 +92,20 @@ class Activations:
             """``is_lent``: of memory that compiled code writes to again."""
             if not self.listening or not self._callback.scope_is_training or in_backward() or is_examining():
                 return
+            is_only = len(readers) == 1 and readers[0].in_order and not self._with_inputs
+            if is_only and self._sum_by_kernel(x, dim, readers[0].number):
+                return
             x = x.detach()
             if x.ndim == -dim:
                 x = x.unsqueeze(0)  # without a batch
             rows, size = x.numel() // channels, None
-            if rows == 1:
-                total = x.view(1, channels) if x.ndim != 2 else x
-            elif dim == -1 and self._is_first_and_only(readers) and x.dtype == self._totals.dtype:
-                # The usual case of a linear layer: written where it stays, without tensors in between.
-                first = readers[0].number
-                self._rows[first] = rows
-                (total, size), flat = self._parts[first], x.reshape(rows, channels)
-                torch.sum(flat, 0, keepdim=True, out=total)
-                if self._with_sizes:
-                    self.write_sum_of_sizes(flat, size)
+            others = [d for d in range(x.ndim) if d != x.ndim + dim]
+            if is_only and rows > 1 and not self._rows[readers[0].number]:
+                self._sum_at_once(x, others, readers[0].number, rows)
                 return
-            else:
-                others = [d for d in range(x.ndim) if d != x.ndim + dim]
-                total = x.sum(others, dtype=self._totals.dtype)
-                size = sum_of_sizes(x, others, self._totals.dtype) if self._with_sizes else None
+            total = x.reshape(channels) if rows == 1 else x.sum(others, dtype=self._sums.dtype)
+            if rows > 1 and self._with_sizes:
+                size = sum_of_sizes(x, others, self._sums.dtype)
             for reader in readers:
                 self._note(reader, rows, total, size)
                 if self._with_inputs:
@@ -130,20 +125,26 @@ class Activations:
 
         return ModelHook(hook)
 
-    def _is_first_and_only(self, readers: Sequence[Reader]) -> bool:
-        """Whether what the one reader of a layer is given need not be added to anything, picked from or kept."""
-        first = readers[0]
-        return len(readers) == 1 and first.in_order and not self._rows[first.number] and not self._with_inputs
+    def _sum_by_kernel(self, x: Tensor, dim: int, number: int) -> bool:
+        """Adds what a reader is given to its sums, if there is a kernel for it."""
+        before, (total, size) = self._rows[number], self._parts[number]
+        kernels = kernels_on(total.device)
+        if kernels is None or not kernels.takes(x, total):
+            return False
+        inner = 1 if dim == -1 else math.prod(x.shape[dim + 1 :])
+        rows = x.numel() // len(total)
+        has_size = self._with_sizes and before + rows > 1
+        kernels.sum_columns(x, len(total), inner, total, size if has_size else None, before)
+        self._rows[number] = before + rows
+        return True
 
-    def write_sum_of_sizes(self, x: Tensor, out: Tensor) -> None:
-        """Writes the sum of the absolute values over rows, as a row."""
-        if x.is_cpu and x.numel() <= _SMALL and x.dtype == out.dtype:
-            if x.shape not in self._memory:
-                whole = self._memory.setdefault(torch.Size([_SMALL]), torch.empty(_SMALL, dtype=x.dtype))
-                self._memory[x.shape] = whole[: x.numel()].view(x.shape)
-            torch.sum(torch.abs(x, out=self._memory[x.shape]), 0, keepdim=True, out=out)
-        else:
-            out.copy_(sum_of_sizes(x, [0], out.dtype))
+    def _sum_at_once(self, x: Tensor, dims: list[int], number: int, rows: int) -> None:
+        """Writes the sums of what a reader is given right where they stay."""
+        total, size = self._parts[number]
+        torch.sum(x, dims, dtype=total.dtype, out=total)
+        if self._with_sizes:
+            write_sum_of_sizes(x, dims, size)
+        self._rows[number] = rows
 
     def _note(self, reader: Reader, rows: int, total: Tensor, size: Tensor | None) -> None:
         """Adds totals and sizes by channel; of a single row no sizes are given."""
@@ -151,7 +152,7 @@ class Activations:
         before = self._rows[n]
         self._rows[n] = before + rows
         if not reader.in_order:
-            total, size = reader.take(total.flatten()), None if size is None else reader.take(size)
+            total, size = reader.take(total), None if size is None else reader.take(size)
         total_so_far, size_so_far = self._parts[n]
         if before == 0:
             total_so_far.copy_(total)
@@ -169,15 +170,15 @@ class Activations:
 
         Totals and sizes, two rows over all columns, and for each reader of how many rows they are.
         """
-        sums = torch.zeros_like(torch.stack([self._totals, self._sizes]))
+        sums = torch.zeros_like(self._sums)
         for reader, rows, (total, size) in zip(self._readers, self._rows, self._parts, strict=True):
             if rows:
-                sums[:, reader.columns] = torch.cat([total, total.abs() if rows == 1 else size])
+                sums[:, reader.columns] = torch.stack([total, total.abs() if rows == 1 else size])
         return sums, torch.tensor(self._rows, device=sums.device)
 
     def restore(self, readers: Sequence[Reader], sums: Tensor, rows: Sequence[int]) -> None:
         """From the checkpoint, for readers that follow each other; a first forward pass may have been read already."""
-        totals, sizes = sums.to(self._totals)
+        totals, sizes = sums.to(self._sums)
         first = readers[0].columns.start
         for reader, count in zip(readers, rows, strict=True):
             if count:
@@ -198,22 +199,33 @@ class Activations:
 
         In arrays over the columns of all readers, to be used before the next forward pass.
         """
-        rows = [self._rows[reader.number] for reader in readers]
+        rows = [0] * len(self._rows)
         for reader in readers:
-            self._rows[reader.number] = 0
-        if len(readers) == len(self._readers) and min(rows) == max(rows):
-            self._finish(rows[0], self._totals, self._sizes)
-        else:
-            for reader, count in zip(readers, rows, strict=True):
-                self._finish(count, *self._parts[reader.number])
-        return self._totals, self._sizes
+            n = reader.number
+            rows[n], self._rows[n] = self._rows[n], 0
+        totals, sizes = self._totals, self._sizes
+        if len(readers) == len(rows) and min(rows) == max(rows):
+            if rows[0] > 1:
+                self._sums /= rows[0]
+            elif self._with_sizes:
+                torch.abs(totals, out=sizes)
+            return totals, sizes
+        for reader in readers if self._with_sizes else ():
+            if rows[reader.number] == 1:
+                torch.abs(totals[reader.columns], out=sizes[reader.columns])
+        self._sums /= self._counts_of(tuple(rows))
+        return totals, sizes
 
-    def _finish(self, rows: int, totals: Tensor, sizes: Tensor) -> None:
-        if rows > 1:
-            totals /= rows
-            sizes /= rows
-        elif self._with_sizes:
-            torch.abs(totals, out=sizes)
+    def _counts_of(self, rows: tuple[int, ...]) -> Tensor:
+        """By what the sums of each column are divided. Kept for the next step, which mostly has batches as large."""
+        if rows not in self._counts:
+            if len(self._counts) > _KINDS_OF_BATCHES:
+                self._counts.clear()
+            counts = [max(count, 1) for count in rows]
+            widths = [reader.table.entries.numel() for reader in self._readers]
+            each = torch.tensor(counts).repeat_interleave(torch.tensor(widths))
+            self._counts[rows] = each.to(self._sums)
+        return self._counts[rows]
 
     def take_mean_distance(self, centre: Tensor, readers: Sequence[Reader]) -> Tensor:
         """The mean distance of what the readers were given from a value for each column, since it was last taken."""
@@ -225,6 +237,14 @@ class Activations:
             parts.append(torch.stack(distances).sum(0) / sum(len(x) for x in inputs))
             start = stop
         return torch.cat(parts)
+
+
+def write_sum_of_sizes(x: Tensor, dims: list[int], out: Tensor) -> None:
+    """Writes the sum of the absolute values over some dimensions."""
+    if x.is_cpu:
+        out.copy_(sum_of_sizes(x, dims, out.dtype))
+    else:
+        torch.linalg.vector_norm(x, 1, dims, dtype=out.dtype, out=out)
 
 
 def sum_of_sizes(x: Tensor, dims: list[int], dtype: torch.dtype) -> Tensor:

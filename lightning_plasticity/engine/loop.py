@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from lightning_plasticity import checks
-from lightning_plasticity.distributed import EqualDraws, agree_on_seed
+from lightning_plasticity.distributed import EqualDraws, agree_on_seed, any_rank_has, world_size
 from lightning_plasticity.editing.editable import check_trains, check_whole
 from lightning_plasticity.editing.edits import Editor, OptimizerState
 from lightning_plasticity.editing.optimizer_state import OPTIMIZER_STATES
@@ -28,6 +28,7 @@ from lightning_plasticity.engine.method import Method
 from lightning_plasticity.engine.settings import ShowsSettings, without_links
 from lightning_plasticity.engine.state import VERSION, check_state
 from lightning_plasticity.engine.steps import OptimizerSteps, unwrapped
+from lightning_plasticity.kernels import kernels_on, use_kernels
 from lightning_plasticity.names import original
 from lightning_plasticity.units.calls import arguments_of
 
@@ -250,6 +251,8 @@ class LoopMethod(ShowsSettings, Method, ABC):
         # With the same seed, different methods, and the same on different modules, draw different numbers.
         seed = agree_on_seed(self.seed, device) ^ zlib.crc32(self.state_key.encode())
         self.draws = EqualDraws(seed)
+        if world_size() > 1 and any_rank_has(kernels_on(device) is None, device):
+            use_kernels(False)  # with them on some ranks only, these would part from the others by rounding
         self.editor = Editor(model, self.optimizers, self.optimizer_state)
         self._stepped.clear()
         self._steps_seen = OptimizerSteps(

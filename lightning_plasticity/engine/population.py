@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_plasticity import checks
 from lightning_plasticity.editing.initial import InitialDistribution
-from lightning_plasticity.engine.activations import Activations, sum_of_sizes
+from lightning_plasticity.engine.activations import Activations, sum_of_sizes, write_sum_of_sizes
 from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.engine.unit_sets import (
     Reader,
@@ -23,9 +23,11 @@ from lightning_plasticity.engine.unit_sets import (
     by_output,
     channels_of,
     check_units,
+    reader_shapes,
     renamed,
     view_of_layer,
 )
+from lightning_plasticity.kernels import Tensors
 from lightning_plasticity.names import named_modules_as_written, submodule
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.find import Findings, HiddenUnits, explore
@@ -79,6 +81,8 @@ class Population:
         self._weights: list[Tensor] = []  # of all sets
         self._outgoing = self._share_of_weight = torch.zeros(0)
         self._outgoing_of: list[Tensor] = []  # of each reader
+        self._contribution = torch.zeros(0)
+        self._read_weights: Tensors | None = None  # None where kernels cannot read them
 
     # ---- finding
 
@@ -157,7 +161,11 @@ class Population:
         shares = [self.zeros(r.table.entries.numel()) + 1 / r.weights_per_column for r in self._by_number]
         self._share_of_weight = torch.cat([self.zeros(0), *shares])
         self._outgoing = self.zeros(self.columns)
-        self._outgoing_of = [self._outgoing[None, reader.columns] for reader in self._by_number]  # as rows
+        self._outgoing_of = [self._outgoing[reader.columns] for reader in self._by_number]
+        self._contribution, self._read_weights = self.zeros(self.size), None
+        if all(reader.in_order for reader in self._by_number):
+            self._read_weights = Tensors([reader.weight for reader in self._by_number])
+            self._shapes = reader_shapes(self.sets, self.device)
 
     def zeros(self, *shape: int) -> Tensor:
         """An array for averages."""
@@ -288,14 +296,30 @@ class Population:
 
     # ---- weights
 
-    def outgoing(self, sets: Sequence[int]) -> Tensor:
+    def contribution(self, sets: Sequence[int], sizes: Tensor | None = None) -> Tensor:
+        """For each unit of the sets the mean size of its outgoing weights, times that of its activation.
+
+        ``sizes`` are of all columns of the sets; without them only the weights count. To be used before the next call.
+        """
+        weights, kernels = self._read_weights, None
+        if weights is not None and len(sets) == len(self.sets):
+            kernels = weights.kernels()
+        if weights is None or kernels is None or weights.tensors[0].dtype != self.dtype:
+            outgoing = self._outgoing_sizes(sets)
+            return self.per_unit(outgoing if sizes is None else outgoing.mul_(sizes), sets)
+        kernels.contributions(weights, self._shapes, sizes, self._contribution)
+        return self._contribution
+
+    def _outgoing_sizes(self, sets: Sequence[int]) -> Tensor:
         """For each column of the sets the mean size of the weights that it is multiplied by."""
         for reader in self.readers(sets):
-            weight, sizes = reader.weight, self._outgoing_of[reader.number]
-            if reader.in_order and weight.ndim == 2:
-                self.activations.write_sum_of_sizes(reader.view.by_output(weight), sizes)
+            sizes = self._outgoing_of[reader.number]
+            if reader.in_order:
+                _write_size_by_column(reader, sizes)
             else:
-                sizes.copy_(reader.take(_size_by_column(reader, self.dtype)))
+                every = sizes.new_empty(channels_of(reader.layer))
+                _write_size_by_column(reader, every)
+                sizes.copy_(reader.take(every))
         _, columns = self.places(sets)
         if isinstance(columns, slice):
             return self._outgoing.mul_(self._share_of_weight)
@@ -368,10 +392,14 @@ def average_in(average: Tensor, places: Index, values: Tensor, weight: float) ->
         average[places] = before * (1 - weight) + values * weight
 
 
-def _size_by_column(reader: Reader, dtype: torch.dtype) -> Tensor:
-    # Over outputs first, with the kernel left in one row with the inputs: over both at once takes twice the time.
-    by_group = torch.unflatten(reader.view.by_output(reader.weight), 0, (reader.groups, -1)).flatten(
-        2
-    )  # group, output, input and kernel
-    sizes = sum_of_sizes(by_group, [1], dtype)
-    return sizes.view(channels_of(reader.layer), -1).sum(1) if reader.weight.ndim > 2 else sizes.flatten()
+def _write_size_by_column(reader: Reader, out: Tensor) -> None:
+    """Writes, for each input of a layer, the sum of the sizes of the weights that it is multiplied by."""
+    weight = reader.view.by_output(reader.weight)
+    if reader.groups > 1:
+        weight, out = torch.unflatten(weight, 0, (reader.groups, -1)), out.view(reader.groups, -1)
+    first = weight.ndim - reader.weight.ndim  # 1 with a dimension for groups
+    if not weight.is_cpu or weight.ndim == 2:
+        write_sum_of_sizes(weight, [d for d in range(weight.ndim) if d not in (first - 1, first + 1)], out)
+    else:  # over outputs first, with the kernel in one row with the inputs: over both at once takes twice the time
+        sizes = sum_of_sizes(weight.flatten(first + 1), [first], out.dtype)
+        torch.sum(sizes.view(*out.shape, -1), -1, out=out)

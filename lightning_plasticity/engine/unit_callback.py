@@ -18,8 +18,9 @@ from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.engine.examination import Part
 from lightning_plasticity.engine.maturity import Ages, Maturity
 from lightning_plasticity.engine.old_state import by_name
-from lightning_plasticity.engine.population import Population, units_in
+from lightning_plasticity.engine.population import Population, average_in, units_in
 from lightning_plasticity.engine.unit_sets import UnitSet
+from lightning_plasticity.kernels import Tensors
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.find import HiddenUnits
 
@@ -64,6 +65,7 @@ class UnitCallback(PlasticityCallback):
         self.maturity_threshold = checks.count("maturity_threshold", maturity_threshold)
         self._population = Population(self, units, exclude, keep_inputs, reads_sizes)
         self._averages: dict[str, Tensor] = {}
+        self._together: Tensors | None = None  # averages, and beside them what they were last moved towards
 
     # ---- what a method defines
 
@@ -126,6 +128,22 @@ class UnitCallback(PlasticityCallback):
             self._act(due)
         if trained:
             self._finish(trained)
+
+    def _average_in(self, sets: Sequence[int], values: Mapping[str, Tensor], weight: float) -> None:
+        """Moves running averages of these sets towards new values, except where these are not finite."""
+        units, columns = self._population.places(sets)
+        places = dict.fromkeys(self.per_unit, units) | dict.fromkeys(self.per_column, columns)
+        kernels = None
+        if isinstance(units, slice):  # all of them
+            pairs = [(self._averages[name], value) for name, value in values.items()]
+            if self._together is None or not self._together.are(*zip(*pairs, strict=True)):
+                self._together = Tensors(*zip(*pairs, strict=True))
+            kernels = self._together.kernels()
+        if kernels is not None:
+            kernels.average_in(self._together, weight)
+        else:
+            for name, value in values.items():
+                average_in(self._averages[name], places[name], value, weight)
 
     @override
     def _skipped(self) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from functools import cached_property
@@ -91,6 +92,29 @@ class UnitSet:
     def name(self) -> str:
         """The name of the layer that makes the units."""
         return self.units.name
+
+
+def reader_shapes(sets: Sequence[UnitSet], device: torch.device) -> Tensor:
+    """For kernels, a row for each reader, which has its entries in order.
+
+    The first unit, the first column, columns for each unit, and the weight's groups, outputs and inputs of a group,
+    places of the kernel, and whether inputs come first.
+    """
+    rows = [
+        (
+            unit_set.span.start,
+            reader.columns.start,
+            reader.table.entries.shape[1],
+            reader.groups,
+            reader.view.outputs // reader.groups,
+            reader.view.inputs // reader.groups,
+            math.prod(reader.weight.shape[2:]),
+            reader.view.transposed,
+        )
+        for unit_set in sets
+        for reader in unit_set.readers
+    ]
+    return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
 def channels_of(layer: nn.Module) -> int:

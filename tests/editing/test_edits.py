@@ -331,7 +331,7 @@ def test_edits_of_whole_tensors(name: str, dtype: torch.dtype, mode: Any) -> Non
     optimizer = train(model, OPTIMIZERS[name])
     editor = Editor(model, [optimizer], mode)
     edited = {"0.weight": model[0].weight, "2.bias": model[2].bias, "1.running_var": model[1].running_var}
-    factors = [torch.tensor(0.5), torch.tensor(-2.0), torch.tensor(3.0)]
+    factors = torch.tensor([0.5, -2.0, 3.0])
     news = [torch.ones_like(tensor) for tensor in edited.values()]
     edits: list[tuple[Callable[[], None], Callable[[Tensor, Tensor], Tensor]]] = [
         (lambda: editor.scale(list(edited.values()), factors), lambda old, factor: old * factor),
@@ -628,7 +628,7 @@ def test_nothing_depends_on_values() -> None:
     editor.write_packed(weight, mask, torch.empty(1, device="meta"))
     editor.write([weight], [weight])
     editor.add([weight], [weight])
-    editor.scale([weight], [torch.empty((), device="meta")])
+    editor.scale([weight], torch.empty(1, device="meta"))
     editor.clamp([weight], 1.0)
 
 
@@ -787,9 +787,10 @@ def failing_edits(model: nn.Module) -> dict[str, tuple[Callable[[Editor], None],
         "too many values": (lambda e: e.write_packed(weight, mask, torch.ones(7)), "each of 6 masked .* got 7"),
         "a value too few": (lambda e: e.write([weight, bias], [fits]), r"write needs values of .*\[\(2, 3\), \(2,\)\]"),
         "a shape": (lambda e: e.write([weight, bias], [fits, torch.ones(1)]), r"but got \[\(2, 3\), \(1,\)\]"),
+        "a target's shape": (lambda e: e.draw_towards([weight, bias], [fits, short], 0.5), r"needs targets .*\(3,\)\]"),
         "an amount's shape": (lambda e: e.add([weight, bias], [fits, short]), r"add needs amounts .*\(3,\)\]"),
-        "a factor too few": (lambda e: e.scale([weight, bias], [torch.tensor(2.0)]), "for each of 2 tensors"),
-        "a factor's shape": (lambda e: e.scale([weight, bias], [torch.tensor(2.0), short]), r"\[\(\), \(3,\)\]"),
+        "a factor too few": (lambda e: e.scale([weight, bias], torch.tensor([2.0])), r"for each of 2 tensors.*\(1,\)"),
+        "a factor's shape": (lambda e: e.scale([weight, bias], fits), r"one of shape \(2, 3\)"),
     }
 
 
@@ -813,7 +814,7 @@ def test_edits_of_nothing_do_nothing() -> None:
     editor.write([], [])
     editor.add([], [])
     editor.scale([], 0.0)
-    editor.scale([], [])
+    editor.scale([], torch.ones(0))
     editor.clamp([], 0.0)
     editor.redraw_rows("layer", none, torch.ones(0, 3))
     editor.scale_rows("layer", none, 0.0)

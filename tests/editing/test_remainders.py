@@ -99,7 +99,7 @@ def test_nothing_is_kept_where_nothing_is_lost():
 def test_buffers_are_rounded():
     norm = nn.BatchNorm1d(2).bfloat16()
     editor = Editor(norm)
-    editor.scale([norm.weight, norm.running_var], [torch.tensor(0.999), torch.tensor(0.999)])
+    editor.scale([norm.weight, norm.running_var], torch.tensor([0.999, 0.999]))
     assert list(editor.remainders.state_dict()) == ["weight"]
 
 

@@ -1,0 +1,260 @@
+"""Kernels for small networks on the CPU, compiled by Numba.
+
+There a call of PyTorch takes longer than its arithmetic. Each of these does all layers in one call, in one pass over
+memory, on the tensors' own memory, whose address it is given. What differs from PyTorch's operations is said with each;
+where nothing is said, results are the same to the last bit. Sums are in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+import torch
+from numba import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from lightning_plasticity.kernels.tensors import PLAIN, Tensors
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Up to here no number of PyTorch's threads is faster; see `examples/benchmarks/kernels.md`.
+LARGE = 2**18  # entries
+_LIKE: dict[torch.dtype, np.ndarray[Any, Any]] = {
+    torch.float32: np.empty(0, np.float32),
+    torch.float64: np.empty(0, np.float64),
+}  # tell Numba the type
+
+
+def suit(dtype: torch.dtype, size: int) -> bool:
+    """Whether tensors of this type, with so many entries in all, are for these kernels."""
+    return dtype in _LIKE and (size <= LARGE or torch.get_num_threads() == 1)
+
+
+def places(tensors: Sequence[Tensor], beside: Sequence[Tensor]) -> np.ndarray[Any, Any]:
+    """The address and the number of entries of each tensor, and the address of what is beside it."""
+    others = [tensor.data_ptr() for tensor in beside] or [0] * len(tensors)
+    return np.array([(t.data_ptr(), t.numel(), b) for t, b in zip(tensors, others, strict=True)], dtype=np.int64)
+
+
+def compiled(function: F, **options: Any) -> F:
+    """Compiles when it is first called, and keeps that on disk where something can be kept."""
+    try:
+        made: F = numba.njit(cache=True, error_model="numpy", **options)(function)
+    except RuntimeError:  # neither the package's folder nor the user's can be written to
+        made = numba.njit(error_model="numpy", **options)(function)
+    return made
+
+
+def summing(function: F) -> F:
+    """The same, with sums in an order that adds several entries at a time; it is the same order each time."""
+    return compiled(function, fastmath={"reassoc", "nsz"})
+
+
+def _pointer(_: Any, address: Any) -> Any:
+    """An address as a pointer."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(address), generate
+
+
+_at: Any = intrinsic(_pointer)
+
+
+# ---- activations
+
+
+def takes(x: Tensor, like: Tensor) -> bool:
+    """Whether ``sum_columns`` takes a tensor, to be added up in the type of another."""
+    is_plain = x.dtype is like.dtype and x.is_cpu and x.is_contiguous() and type(x) in PLAIN
+    return is_plain and suit(x.dtype, x.numel())
+
+
+def sum_columns(x: Tensor, channels: int, inner: int, total: Tensor, size: Tensor | None, rows_before: int) -> None:
+    """Adds up entries, and their sizes, by channel.
+
+    Args:
+        x: what ``takes`` takes, with ``inner`` entries for each channel one after the other.
+        channels: how many there are.
+        inner: see there.
+        total: the sums, of the type of ``x``.
+        size: the sums of sizes; None where these are not wanted.
+        rows_before: how many rows are in them; without any they are set. Of one the size follows from the total.
+    """
+    outer, size_at = x.numel() // (channels * inner), 0 if size is None else size.data_ptr()
+    _sum_columns(_LIKE[x.dtype], x.data_ptr(), outer, channels, inner, total.data_ptr(), size_at, rows_before)
+
+
+@summing
+def _sum_columns(
+    like: Any, x_at: int, outer: int, channels: int, inner: int, total_at: int, size_at: int, rows_before: int
+) -> None:
+    entries = numba.carray(_at(x_at), (outer, channels, inner), like.dtype)
+    totals = numba.carray(_at(total_at), channels, like.dtype)
+    sums, sums_of_sizes = np.zeros(channels), np.zeros(channels)
+    for o in range(outer):
+        if inner == 1:
+            for c in range(channels):
+                sums[c] += entries[o, c, 0]
+            if size_at:
+                for c in range(channels):
+                    sums_of_sizes[c] += abs(entries[o, c, 0])
+        else:
+            for c in range(channels):
+                sum_of_channel = sum_of_sizes = 0.0
+                for i in range(inner):
+                    sum_of_channel += entries[o, c, i]
+                    sum_of_sizes += abs(entries[o, c, i])
+                sums[c] += sum_of_channel
+                sums_of_sizes[c] += sum_of_sizes
+    if size_at:
+        sizes = numba.carray(_at(size_at), channels, like.dtype)
+        for c in range(channels):
+            if rows_before == 0:
+                sizes[c] = sums_of_sizes[c]
+            elif rows_before == 1:
+                sizes[c] = abs(totals[c]) + sums_of_sizes[c]
+            else:
+                sizes[c] += sums_of_sizes[c]
+    for c in range(channels):
+        totals[c] = sums[c] if rows_before == 0 else totals[c] + sums[c]
+
+
+def average_in(averages: Tensors, weight: float) -> None:
+    """Moves averages towards the values beside them, but for those that are not finite; rounded once."""
+    _average_in(_LIKE[averages.tensors[0].dtype], averages.places, weight)
+
+
+@compiled
+def _average_in(like: Any, places: Any, weight: float) -> None:
+    for t in range(len(places)):
+        averages = numba.carray(_at(places[t, 0]), places[t, 1], like.dtype)
+        values = numba.carray(_at(places[t, 2]), places[t, 1], like.dtype)
+        for i in range(len(averages)):
+            value = values[i] if values[i] * 0 == 0 else averages[i]
+            averages[i] = averages[i] * (1.0 - weight) + value * weight
+
+
+# ---- weights
+
+
+def contributions(weights: Tensors, readers: Tensor, sizes: Tensor | None, out: Tensor) -> None:
+    """For each unit: the size of its activation times the mean size of the weights that use it, over all readers.
+
+    Args:
+        weights: of the readers.
+        readers: a row for each weight, as from ``reader_shapes``.
+        sizes: of the activations of all columns; None for 1.
+        out: where to write, for all units. A unit's columns in one reader give their mean, and readers add up.
+    """
+    address = 0 if sizes is None else sizes.data_ptr()
+    _contributions(_LIKE[out.dtype], weights.places, readers.numpy(), address, out.data_ptr(), out.numel())
+
+
+@summing
+def _contributions(like: Any, places: Any, readers: Any, sizes_at: int, out_at: int, units: int) -> None:
+    out = numba.carray(_at(out_at), units, like.dtype)
+    out[:] = 0.0
+    for r in range(len(places)):
+        first_unit, first_column, per_unit, groups, outputs, inputs, kernel, is_transposed = readers[r]
+        sums = np.zeros(groups * inputs)
+        if is_transposed:
+            by_input = numba.carray(_at(places[r, 0]), (inputs, outputs * kernel), like.dtype)
+            for i in range(inputs):
+                total = 0.0
+                for k in range(outputs * kernel):
+                    total += abs(by_input[i, k])
+                sums[i] = total
+        elif kernel == 1:
+            by_output = numba.carray(_at(places[r, 0]), (groups, outputs, inputs), like.dtype)
+            for g in range(groups):
+                of_group = sums[g * inputs : (g + 1) * inputs]
+                for o in range(outputs):
+                    for i in range(inputs):
+                        of_group[i] += abs(by_output[g, o, i])
+        else:
+            by_place = numba.carray(_at(places[r, 0]), (groups, outputs, inputs, kernel), like.dtype)
+            for g in range(groups):
+                for o in range(outputs):
+                    for i in range(inputs):
+                        total = 0.0
+                        for k in range(kernel):
+                            total += abs(by_place[g, o, i, k])
+                        sums[g * inputs + i] += total
+        share = 1.0 / (outputs * kernel * per_unit)
+        for c in range(groups * inputs):
+            if sizes_at:
+                sums[c] *= numba.carray(_at(sizes_at), first_column + c + 1, like.dtype)[first_column + c]
+            out[first_unit + c // per_unit] += sums[c] * share
+
+
+def clamp(tensors: Tensors, limits: Sequence[float]) -> None:
+    """Brings all entries of each tensor into its limits."""
+    like = _LIKE[tensors.tensors[0].dtype]
+    _clamp(like, tensors.places, np.array(limits, like.dtype))
+
+
+@compiled
+def _clamp(like: Any, places: Any, limits: Any) -> None:
+    for t in range(len(places)):
+        entries, limit = numba.carray(_at(places[t, 0]), places[t, 1], like.dtype), limits[t]
+        for start in range(0, len(entries), 1024):
+            piece = entries[start : start + 1024]
+            beyond = 0
+            for i in range(len(piece)):
+                beyond |= abs(piece[i]) > limit
+            if beyond:  # seldom: most pieces are only read
+                for i in range(len(piece)):
+                    if piece[i] > limit:
+                        piece[i] = limit
+                    elif piece[i] < -limit:
+                        piece[i] = -limit
+
+
+def norms(tensors: Tensors, out: Tensor) -> None:
+    """Writes the Euclidean norm of each tensor, in ``out``'s type."""
+    _norms(_LIKE[tensors.tensors[0].dtype], tensors.places, out.numpy())
+
+
+@summing
+def _norms(like: Any, places: Any, out: Any) -> None:
+    for t in range(len(places)):
+        entries = numba.carray(_at(places[t, 0]), places[t, 1], like.dtype)
+        total = 0.0
+        for i in range(len(entries)):
+            entry = float(entries[i])
+            total += entry * entry
+        out[t] = np.sqrt(total)
+
+
+def scale(tensors: Tensors, factors: Tensor) -> None:
+    """Multiplies each tensor by its factor, which is of their type."""
+    _scale(_LIKE[tensors.tensors[0].dtype], tensors.places, factors.numpy())
+
+
+@compiled
+def _scale(like: Any, places: Any, factors: Any) -> None:
+    for t in range(len(places)):
+        entries, factor = numba.carray(_at(places[t, 0]), places[t, 1], like.dtype), factors[t]
+        for i in range(len(entries)):
+            entries[i] *= factor
+
+
+def pull(tensors: Tensors, rate: float) -> None:
+    """Draws tensors towards what is beside them: adds the ``-rate``-fold of the difference."""
+    like = _LIKE[tensors.tensors[0].dtype]
+    _pull(like, tensors.places, like.dtype.type(-rate))
+
+
+@compiled
+def _pull(like: Any, places: Any, factor: Any) -> None:
+    for t in range(len(places)):
+        entries = numba.carray(_at(places[t, 0]), places[t, 1], like.dtype)
+        targets = numba.carray(_at(places[t, 2]), places[t, 1], like.dtype)
+        for i in range(len(entries)):
+            entries[i] += (entries[i] - targets[i]) * factor

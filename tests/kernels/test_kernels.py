@@ -1,0 +1,197 @@
+"""Kernels do what PyTorch's operations do: each against these, on every layout that it takes."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from callbacks.streams import convolutional, mlp
+from contract.training import assert_same
+from torch import Tensor, nn
+
+from lightning_plasticity.editing.edits import Editor
+from lightning_plasticity.engine.population import Population, average_in
+from lightning_plasticity.kernels import Tensors, choice, kernels_on, use_kernels
+
+CPU = torch.device("cpu")
+kernels = kernels_on(CPU)
+pytestmark = pytest.mark.skipif(kernels is None, reason="needs Numba")
+both_types = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+@pytest.fixture(autouse=True)
+def on_again():
+    yield
+    use_kernels(True)
+
+
+def some(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def together(*tensors: Tensor, beside: tuple[Tensor, ...] = ()) -> Tensors:
+    group = Tensors(tensors, beside)
+    assert group.kernels() is kernels
+    return group
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=4 * torch.finfo(found.dtype).eps, atol=1e-12)
+
+
+@both_types
+@pytest.mark.parametrize(("shape", "inner"), [((5, 7), 1), ((1, 7), 1), ((3, 7, 4), 4), ((7, 6), 6), ((2, 3, 7), 1)])
+@pytest.mark.parametrize("rows_before", [0, 1, 2])
+def test_sums_of_columns(dtype, shape, inner, rows_before):
+    x, total, size = some(*shape, dtype=dtype), some(7, dtype=dtype, seed=1), some(7, dtype=dtype, seed=2)
+    rows = x.double().movedim(shape.index(7), -1).reshape(-1, 7) if inner > 1 else x.double().reshape(-1, 7)
+    before = {0: (0.0, 0.0), 1: (total.double(), total.double().abs()), 2: (total.double(), size.double())}[rows_before]
+    expected = (before[0] + rows.sum(0)).to(dtype), (before[1] + rows.abs().sum(0)).to(dtype)
+    assert kernels.takes(x, total)
+    kernels.sum_columns(x, 7, inner, total, size, rows_before)
+    close(total, expected[0])
+    close(size, expected[1])
+    without = some(7, dtype=dtype, seed=1)
+    kernels.sum_columns(x, 7, inner, without, None, rows_before)
+    assert torch.equal(without, total)
+
+
+def test_what_is_not_summed_by_kernels():
+    total = torch.zeros(4)
+    assert kernels.takes(torch.ones(2, 4), total)
+    for x in (torch.ones(4, 2).T, torch.ones(2, 4).double(), torch.ones(2, 4).bfloat16(), torch.ones(2, 4, device="meta")):
+        assert not kernels.takes(x, total)
+    large = torch.empty(1).expand(kernels.LARGE + 1).contiguous()
+    torch.set_num_threads(2)
+    try:
+        assert not kernels.takes(large, total)
+    finally:
+        torch.set_num_threads(1)
+    assert kernels.takes(large, total)
+
+
+@both_types
+def test_averages(dtype):
+    averages, values = [some(9, dtype=dtype), some(3, dtype=dtype)], [some(9, dtype=dtype, seed=1), some(3, dtype=dtype)]
+    values[0][:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    expected = [average.clone() for average in averages]
+    for average, value in zip(expected, values, strict=True):
+        average_in(average, slice(None), value, 0.01)
+    kernels.average_in(together(*averages, beside=(*values,)), 0.01)
+    for average, other in zip(averages, expected, strict=True):
+        close(average, other)
+    kernels.average_in(together(averages[1], beside=(values[1],)), 1.0)
+    assert torch.equal(averages[1], values[1])
+
+
+@both_types
+@pytest.mark.parametrize("build", [mlp, convolutional])
+def test_contributions(dtype, build):
+    model = build().to(dtype)
+
+    def of(are_on: bool) -> list[Tensor]:
+        use_kernels(are_on)
+        from lightning_plasticity import ContinualBackprop
+
+        x = some(2, *INPUT[build], dtype=dtype)
+        population = ContinualBackprop(seed=0).attach(model, example_inputs=(x,))._population
+        sizes = some(population.columns, dtype=dtype).abs()
+        every = range(len(population.sets))
+        assert (population._read_weights.kernels() is not None) == are_on
+        return [population.contribution(every, sizes).clone(), population.contribution(every).clone()]
+
+    for found, expected in zip(of(True), of(False), strict=True):
+        close(found, expected)
+
+
+from callbacks.streams import INPUT  # noqa: E402
+
+
+@both_types
+def test_clamp_is_the_same_to_the_last_bit(dtype):
+    tensors = [some(40, 50, dtype=dtype), some(7, dtype=dtype), some(2, 3, 4, 4, dtype=dtype)]
+    tensors[2] = tensors[2].to(memory_format=torch.channels_last)
+    tensors[0][0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    expected = [tensor.clamp(-limit, limit) for tensor, limit in zip(tensors, (0.3, 0.1, 2.0), strict=True)]
+    kernels.clamp(together(*tensors), [0.3, 0.1, 2.0])
+    for tensor, other in zip(tensors, expected, strict=True):
+        torch.testing.assert_close(tensor, other, rtol=0, atol=0, equal_nan=True)
+
+
+@both_types
+def test_norms_and_scaling(dtype):
+    tensors = [some(30, 5, dtype=dtype), some(3, dtype=dtype)]
+    norms = torch.empty(2, dtype=dtype)
+    kernels.norms(together(*tensors), norms)
+    close(norms, torch.stack([tensor.double().norm() for tensor in tensors]).to(dtype))
+    factors = torch.tensor([0.3, -2.0], dtype=dtype)
+    expected = [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
+    kernels.scale(together(*tensors), factors)
+    assert_same(tensors, expected)
+
+
+@both_types
+def test_pull_is_the_same_to_the_last_bit(dtype):
+    tensors, targets = [some(30, 5, dtype=dtype), some(3, dtype=dtype)], [some(30, 5, dtype=dtype, seed=1), some(3, dtype=dtype)]
+    twins = [tensor.clone() for tensor in tensors]
+    Editor(nn.Module(), (), "keep").draw_towards(tensors, targets, 0.013)
+    use_kernels(False)
+    Editor(nn.Module(), (), "keep").draw_towards(twins, targets, 0.013)
+    assert_same(tensors, twins)
+
+
+def test_autograd_knows_what_kernels_write():
+    layer = nn.Linear(2, 2)
+    loss = layer(layer(torch.ones(1, 2, requires_grad=True))).sum()
+    Editor(layer, (), "keep").clamp([layer.weight], 0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_tensors_that_have_moved_are_found_again():
+    weight = nn.Parameter(torch.ones(3))
+    group = together(weight)
+    weight.data = torch.full((3,), 5.0)
+    assert group.kernels() is kernels
+    kernels.clamp(group, [2.0])
+    assert weight.tolist() == [2.0, 2.0, 2.0]
+    weight.data = weight.data.bfloat16()
+    assert group.kernels() is None
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        [torch.ones(2), torch.ones(2).double()],
+        [torch.ones(2).half()],
+        [torch.ones(2, 3).T[:1]],
+        [torch.ones(4)[::2]],
+        [torch.ones(2, device="meta")],
+        [],
+    ],
+)
+def test_what_kernels_leave_to_pytorch(tensors):
+    assert Tensors(tensors).kernels() is None
+
+
+def test_what_is_beside_must_be_laid_out_alike():
+    assert Tensors([torch.ones(2, 3)], [torch.ones(3, 2).T]).kernels() is None
+
+
+def test_turned_off():
+    use_kernels(False)
+    assert Tensors([torch.ones(2)]).kernels() is None
+
+
+@pytest.mark.parametrize(("value", "expected"), [("off", "False"), ("on", "True"), ("no", "must be 'on' or 'off', got 'no'")])
+def test_turned_off_from_outside(value, expected):
+    code = "from lightning_plasticity.kernels import kernels_are_on; print(kernels_are_on())"
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**__import__("os").environ, "LIGHTNING_PLASTICITY_KERNELS": value},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert expected in run.stdout + run.stderr
