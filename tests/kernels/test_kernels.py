@@ -1,18 +1,19 @@
 """Kernels do what PyTorch's operations do: each against these, on every layout that it takes."""
 
-import math
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from callbacks.streams import convolutional, mlp
+from callbacks.streams import INPUT, convolutional, mlp
 from contract.training import assert_same
 from torch import Tensor, nn
 
+from lightning_plasticity import ContinualBackprop
 from lightning_plasticity.editing.edits import Editor
-from lightning_plasticity.engine.population import Population, average_in
-from lightning_plasticity.kernels import Tensors, choice, kernels_on, use_kernels
+from lightning_plasticity.engine.population import average_in
+from lightning_plasticity.kernels import Tensors, kernels_on, use_kernels
 
 CPU = torch.device("cpu")
 kernels = kernels_on(CPU)
@@ -60,7 +61,12 @@ def test_sums_of_columns(dtype, shape, inner, rows_before):
 def test_what_is_not_summed_by_kernels():
     total = torch.zeros(4)
     assert kernels.takes(torch.ones(2, 4), total)
-    for x in (torch.ones(4, 2).T, torch.ones(2, 4).double(), torch.ones(2, 4).bfloat16(), torch.ones(2, 4, device="meta")):
+    for x in (
+        torch.ones(4, 2).T,
+        torch.ones(2, 4).double(),
+        torch.ones(2, 4).bfloat16(),
+        torch.ones(2, 4, device="meta"),
+    ):
         assert not kernels.takes(x, total)
     large = torch.empty(1).expand(kernels.LARGE + 1).contiguous()
     torch.set_num_threads(2)
@@ -73,7 +79,10 @@ def test_what_is_not_summed_by_kernels():
 
 @both_types
 def test_averages(dtype):
-    averages, values = [some(9, dtype=dtype), some(3, dtype=dtype)], [some(9, dtype=dtype, seed=1), some(3, dtype=dtype)]
+    averages, values = (
+        [some(9, dtype=dtype), some(3, dtype=dtype)],
+        [some(9, dtype=dtype, seed=1), some(3, dtype=dtype)],
+    )
     values[0][:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     expected = [average.clone() for average in averages]
     for average, value in zip(expected, values, strict=True):
@@ -92,20 +101,16 @@ def test_contributions(dtype, build):
 
     def of(are_on: bool) -> list[Tensor]:
         use_kernels(are_on)
-        from lightning_plasticity import ContinualBackprop
-
         x = some(2, *INPUT[build], dtype=dtype)
         population = ContinualBackprop(seed=0).attach(model, example_inputs=(x,))._population
         sizes = some(population.columns, dtype=dtype).abs()
         every = range(len(population.sets))
         assert (population._read_weights.kernels() is not None) == are_on
-        return [population.contribution(every, sizes).clone(), population.contribution(every).clone()]
+        with torch.no_grad():
+            return [population.contribution(every, sizes).clone(), population.contribution(every).clone()]
 
     for found, expected in zip(of(True), of(False), strict=True):
         close(found, expected)
-
-
-from callbacks.streams import INPUT  # noqa: E402
 
 
 @both_types
@@ -133,7 +138,10 @@ def test_norms_and_scaling(dtype):
 
 @both_types
 def test_pull_is_the_same_to_the_last_bit(dtype):
-    tensors, targets = [some(30, 5, dtype=dtype), some(3, dtype=dtype)], [some(30, 5, dtype=dtype, seed=1), some(3, dtype=dtype)]
+    tensors, targets = (
+        [some(30, 5, dtype=dtype), some(3, dtype=dtype)],
+        [some(30, 5, dtype=dtype, seed=1), some(3, dtype=dtype)],
+    )
     twins = [tensor.clone() for tensor in tensors]
     Editor(nn.Module(), (), "keep").draw_towards(tensors, targets, 0.013)
     use_kernels(False)
@@ -184,12 +192,14 @@ def test_turned_off():
     assert Tensors([torch.ones(2)]).kernels() is None
 
 
-@pytest.mark.parametrize(("value", "expected"), [("off", "False"), ("on", "True"), ("no", "must be 'on' or 'off', got 'no'")])
+@pytest.mark.parametrize(
+    ("value", "expected"), [("off", "False"), ("on", "True"), ("no", "must be 'on' or 'off', got 'no'")]
+)
 def test_turned_off_from_outside(value, expected):
     code = "from lightning_plasticity.kernels import kernels_are_on; print(kernels_are_on())"
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
-        env={**__import__("os").environ, "LIGHTNING_PLASTICITY_KERNELS": value},
+        env={**os.environ, "LIGHTNING_PLASTICITY_KERNELS": value},
         capture_output=True,
         text=True,
         check=False,
