@@ -159,10 +159,11 @@ def learn(
     method: PlasticityCallback | None,
     images: Tensor,
     labels: Tensor,
+    batch: int = 1,
 ) -> float:
     """One pass; returns the share of images that the network had right before it learned from them."""
     answers = []
-    for x, y in zip(images.split(1), labels.split(1), strict=True):
+    for x, y in zip(images.split(batch), labels.split(batch), strict=True):
         scores = model(x)
         optimizer.zero_grad()
         nn.functional.cross_entropy(scores, y).backward()

@@ -16,6 +16,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_plasticity import ContinualBackprop
+from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.functional import dead_units, effective_rank, weight_magnitude
 
@@ -58,9 +60,9 @@ def adam(lr: float) -> Callable[[Any], torch.optim.Optimizer]:
     return lambda parameters: torch.optim.Adam(parameters, lr=lr, fused=True)
 
 
-def continual_backprop() -> PlasticityCallback:
+def continual_backprop(optimizer_state: OptimizerState = "survivors") -> PlasticityCallback:
     """With the utility that the authors' code has for this problem."""
-    return ContinualBackprop(1e-4, 100, 0.99, "adaptable_contribution", seed=0)
+    return ContinualBackprop(1e-4, 100, 0.99, "adaptable_contribution", optimizer_state=optimizer_state, seed=0)
 
 
 ARMS = {
@@ -68,8 +70,12 @@ ARMS = {
     "SGD, ContinualBackprop": Arm(sgd, continual_backprop, "#0072B2", "-"),
     "Adam 0.001": Arm(adam(0.001)),
     "Adam 0.001, ContinualBackprop": Arm(adam(0.001), continual_backprop, "#0072B2", "-"),
+    "Adam 0.001, ContinualBackprop, reset": Arm(adam(0.001), partial(continual_backprop, "reset"), "#009E73", "-."),
+    "Adam 0.001, ContinualBackprop, keep": Arm(adam(0.001), partial(continual_backprop, "keep"), "#000000", ":"),
     "Adam 0.01": Arm(adam(0.01)),
     "Adam 0.01, ContinualBackprop": Arm(adam(0.01), continual_backprop, "#0072B2", "-"),
+    "Adam 0.01, ContinualBackprop, reset": Arm(adam(0.01), partial(continual_backprop, "reset"), "#009E73", "-."),
+    "Adam 0.01, ContinualBackprop, keep": Arm(adam(0.01), partial(continual_backprop, "keep"), "#000000", ":"),
 }
 
 

@@ -37,10 +37,11 @@ class EntryState:
     - ``"survivors"``: it becomes the mean over the entries of the tensor that are not renewed. Adam's first updates are
       then :math:`(1 - \beta_1^a) |g| / \sqrt{\beta_2^a \overline v + \dots}` learning rates at age :math:`a`: for
       gradients of the usual size at most what a fresh Adam's would be, one learning rate, and less for smaller ones.
-    - ``"reset"``: it starts from 0, as if the entry were new to the optimizer. Adam counts steps by tensor, so that its
-      first updates would be too large, up to 6.6 learning rates: with PyTorch's Adam and AdamW the age of each entry is
-      kept beside, at the cost of one number for each, and a step of a young entry is made the one that a fresh
-      optimizer would take. Others that count so (NAdam, RAdam, Adamax) are better off with survivors.
+    - ``"reset"``: it starts from 0, as if the entry were new to the optimizer. Where an optimizer counts steps by
+      tensor, that alone would make the first updates too large, with Adam up to 6.6 learning rates: so with PyTorch's
+      Adam, AdamW, Adamax, NAdam and RAdam each entry's age is kept beside, and its steps are made those of a fresh
+      optimizer (``docs/optimizer_state.md`` says how, and how nearly). Optimizers that do not count (SGD, RMSprop,
+      Adagrad, Adadelta, Rprop) need no more than to be cleared; for others that do count ``"survivors"`` is better.
     - ``"keep"``: nothing is touched.
 
     LBFGS remembers how gradients change along its own steps, for all of its parameters together. A weight that somebody

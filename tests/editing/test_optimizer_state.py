@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from lightning_plasticity.editing.edits import Editor
 
 LR, BETAS = 0.01, (0.9, 0.999)
+EPS = 1e-15  # which new entries that are reset feel more than fresh ones, as a test of its own says
 FORMS: list[dict[str, Any]] = [{"foreach": False}, {"foreach": True}, {"fused": True}]
 
 
@@ -32,7 +34,7 @@ class AdamOfEachEntry:
             self.second[i] = BETAS[1] * self.second[i] + (1 - BETAS[1]) * gradient**2
             mean = self.first[i] / (1 - BETAS[0] ** self.steps[i])
             size = math.sqrt(self.second[i] / (1 - BETAS[1] ** self.steps[i]))
-            found.append(LR * mean / (size + 1e-8))
+            found.append(LR * mean / (size + EPS))
         return found
 
 
@@ -42,7 +44,7 @@ def updates_after_a_renewal(
     """How entry 0 of 40 moves in each step after it was renewed, in learning rates: ours, and the slow Adam's."""
     generator = torch.Generator().manual_seed(0)
     weight = nn.Parameter(torch.zeros(8, 5, dtype=torch.float64))
-    optimizer, slow = torch.optim.Adam([weight], lr=LR, betas=BETAS, **form), AdamOfEachEntry(40)
+    optimizer, slow = torch.optim.Adam([weight], lr=LR, betas=BETAS, eps=EPS, **form), AdamOfEachEntry(40)
     ours, theirs = [], []
     for step in range(3000 + steps):
         gradient = torch.randn(8, 5, generator=generator, dtype=torch.float64)
@@ -90,10 +92,22 @@ def one_step(weight: nn.Parameter, optimizer: torch.optim.Optimizer, gradient: f
     optimizer.step()
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"amsgrad": True}, {"weight_decay": 0.1}, {"maximize": True}, {"betas": (0.0, 0.9)}], ids=str
-)
-@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW])
+OF_ADAM = [{}, {"amsgrad": True}, {"weight_decay": 0.1}, {"maximize": True}, {"betas": (0.0, 0.9)}]
+EXACT: list[tuple[Any, dict[str, Any]]] = [
+    *((torch.optim.Adam, {"eps": EPS} | settings) for settings in OF_ADAM),
+    *((torch.optim.AdamW, {"eps": EPS} | settings) for settings in OF_ADAM),
+    (torch.optim.Adamax, {}),
+    (torch.optim.Adamax, {"weight_decay": 0.1, "betas": (0.8, 0.99)}),
+    # These do not count, or not for the size of their steps: there is nothing to make up for.
+    (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    (torch.optim.RMSprop, {"momentum": 0.9, "centered": True}),
+    (torch.optim.Adagrad, {"initial_accumulator_value": 0.1}),
+    (torch.optim.Adadelta, {}),
+    (torch.optim.Rprop, {}),
+]
+
+
+@pytest.mark.parametrize(("make", "settings"), EXACT, ids=lambda x: getattr(x, "__name__", str(x)))
 def test_an_entry_that_is_reset_goes_the_way_of_a_new_optimizer(make: Any, settings: dict[str, Any]) -> None:
     """Also with two that edit, through a checkpoint, where it got no gradient, and when it is reset again."""
     old = nn.Parameter(torch.ones(2, dtype=torch.float64))
@@ -118,6 +132,82 @@ def test_an_entry_that_is_reset_goes_the_way_of_a_new_optimizer(make: Any, setti
                 weight.grad = None
                 its.step()  # which moves nothing
             torch.testing.assert_close(old[:1], new, rtol=1e-9, atol=1e-12)
+
+
+def moves_of_old_and_fresh(make: Any, gradients: torch.Tensor, before: int = 50) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far an entry moves that is reset after some steps, and one of a fresh optimizer, in learning rates."""
+    old, new = (nn.Parameter(torch.zeros(2, dtype=torch.float64)) for _ in range(2))
+    optimizer, fresh = (make([weight]) for weight in (old, new))
+    for _ in range(before):
+        one_step(old, optimizer, 1.5)
+    editor = Editor(nn.Identity(), [optimizer], "reset")
+    editor.write_masked(old, torch.tensor([True, False]), torch.tensor(0.0))
+    moves = []
+    for gradient in gradients.tolist():
+        start = torch.stack([old[0], new[0]]).detach()
+        one_step(old, optimizer, gradient)
+        one_step(new, fresh, gradient)
+        moves.append((start - torch.stack([old[0], new[0]]).detach()) / LR)
+    editor.close()
+    return torch.stack(moves).unbind(1)
+
+
+def test_radam_stands_still_as_long_as_a_fresh_one_does_not_divide_by_sizes_of_gradients() -> None:
+    gradients = torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ours, fresh = moves_of_old_and_fresh(partial(torch.optim.RAdam, lr=LR, eps=EPS), gradients)
+    assert ours[:5].abs().max() < 1e-20
+    torch.testing.assert_close(ours[5:], fresh[5:], rtol=1e-9, atol=1e-12)
+    # reset before the optimizer divides by anything: nothing breaks
+    ours, _ = moves_of_old_and_fresh(partial(torch.optim.RAdam, lr=LR, eps=EPS), gradients, before=2)
+    assert ours.isfinite().all()
+
+
+def test_nadam_begins_with_less_than_a_fresh_one_and_has_its_pace_as_its_momentum_fills() -> None:
+    ours, fresh = moves_of_old_and_fresh(partial(torch.optim.NAdam, lr=LR, eps=EPS), torch.ones(60).double(), 3000)
+    share = ours / fresh
+    following = 0.9 * (1 - 0.5 * 0.96 ** (3001 * 0.004))  # of the tensor, at its first step after the reset
+    assert share[0].item() == pytest.approx(1 - following + following * 0.1, rel=1e-3)
+    assert (share.diff() > 0).all()
+    assert share[-1].item() == pytest.approx(1.0, abs=0.005)
+    cleared = 1.0 / math.sqrt(1 - 0.999) * share[0].item()  # what it would be without looking after it
+    assert cleared > 10
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-3, 1.0])
+def test_with_a_large_epsilon_an_entry_that_is_reset_moves_less_than_a_fresh_one(eps: float) -> None:
+    gradients = 0.1 + torch.rand(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ours, fresh = moves_of_old_and_fresh(partial(torch.optim.Adam, lr=LR, eps=eps), gradients, 20_000)
+    assert (ours <= fresh * (1 + 1e-9)).all()
+    assert (ours > 0).all()
+    ages = torch.arange(1.0, 201.0, dtype=torch.float64)
+    # as if epsilon were larger by as much as the second moment is not filled
+    filled = (1 - 0.999**ages).sqrt()
+    sizes, second = [], 0.0
+    for gradient in gradients.tolist():
+        second = 0.999 * second + 0.001 * gradient**2
+        sizes.append(math.sqrt(second))
+    size = torch.tensor(sizes, dtype=torch.float64) / filled
+    torch.testing.assert_close(ours / fresh, (size + eps) / (size + eps / filled), rtol=1e-7, atol=0.0)
+
+
+def test_an_entry_is_as_old_as_its_tensor_after_ten_times_what_the_averages_remember() -> None:
+    """And then it is looked after no longer, which changes next to nothing."""
+    gradients = torch.randn(130, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    make = partial(torch.optim.Adam, lr=LR, betas=(0.5, 0.9), eps=EPS)
+    ours, fresh = moves_of_old_and_fresh(make, gradients, before=300)
+    torch.testing.assert_close(ours, fresh, rtol=1e-4, atol=1e-9)
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = make([weight])
+    editor = Editor(nn.Identity(), [optimizer], "reset")
+    one_step(weight, optimizer, 1.0)
+    ages = []
+    for step in range(150):
+        if step in (0, 40):
+            editor.write_masked(weight, torch.tensor([True, False]), torch.tensor(0.0))
+        one_step(weight, optimizer, 1.0)
+        ages.append(optimizer.state[weight]["age"].tolist() if "age" in optimizer.state[weight] else None)
+    assert [age is None for age in ages] == [False] * 139 + [True] * 11
+    assert ages[138] == [99.0, 100.0]
 
 
 def test_survivors_and_whole_tensors_need_no_ages() -> None:
@@ -145,7 +235,7 @@ def test_ages_in_half_precision_come_through_a_checkpoint() -> None:
     Editor(nn.Identity(), [loaded], "reset")
     for _ in range(300):  # beyond what bfloat16 can count
         one_step(weight, loaded, 1.0)
-    assert loaded.state[weight]["age"].tolist() == [300.0, math.inf]
+    assert loaded.state[weight]["age"].tolist() == [300.0, 301.0]  # the other is as old as the tensor
 
 
 def test_nothing_is_made_up_for_a_step_that_a_gradient_scaler_skipped() -> None:
@@ -194,5 +284,6 @@ def test_several_editors_look_after_an_entry_once_and_leave_no_hook():
         ends.append(weight.detach().clone())
         for editor in editors:
             editor.close()
+        assert not optimizer._optimizer_step_pre_hooks
         assert not optimizer._optimizer_step_post_hooks
     assert torch.equal(*ends)
