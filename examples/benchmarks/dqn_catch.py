@@ -100,8 +100,8 @@ class Memory:
         return boards(fields[:, :2]), actions.long(), rewards, boards(fields[:, 2:]), goes_on
 
     def some_boards(self) -> Tensor:
-        """Those of the last 1,000 steps."""
-        return boards(self._fields[torch.arange(self.steps - 1000, self.steps) % GAME][:, :2])
+        """Those of the last 1,000 steps, or of all that are remembered."""
+        return boards(self._fields[torch.arange(self.steps - min(GAME, 1000), self.steps) % GAME][:, :2])
 
 
 def boards(fields: Tensor) -> Tensor:
