@@ -92,11 +92,21 @@ def any_rank_has(flag: bool, device: torch.device | str) -> bool:
         >>> any_rank_has(True, "cpu")
         True
     """
+    return largest_over_ranks(int(flag), device) > 0
+
+
+def largest_over_ranks(number: int, device: torch.device | str) -> int:
+    """The largest of the whole numbers that ranks have; all ranks must call this.
+
+    Example:
+        >>> largest_over_ranks(3, "cpu")
+        3
+    """
     if world_size() == 1:
-        return flag
-    message = torch.tensor(int(flag), device=device)
+        return number
+    message = torch.tensor(number, device=device)
     dist.all_reduce(message, op=dist.ReduceOp.MAX)
-    return bool(message)
+    return int(message)
 
 
 def all_ranks_have(value: Any, device: torch.device | str) -> bool:

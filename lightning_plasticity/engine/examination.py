@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeAlias
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_plasticity.distributed import all_ranks_have, any_rank_has, gather_objects, world_size
+from lightning_plasticity.distributed import all_ranks_have, gather_objects, largest_over_ranks, world_size
 from lightning_plasticity.engine.forward import (
     ModelHook,
     allow_compiled_code,
@@ -94,6 +94,8 @@ class Examination:
         """Tells of all parts that are known, and of others as they are called."""
         if not self._listeners:
             self._wait()
+            self.is_settled = False
+            run_eagerly(self)  # a compiler would compile each piece between hooks, and all again when they are gone
         self._listeners.append(listener)
         for part in (*self.parts, *self._new):
             listener.hear_of(part, None)
@@ -113,15 +115,14 @@ class Examination:
 
     # ---- waiting for calls
 
-    def _wait(self) -> None:
+    def _wait(self, names: Container[str] | None = None) -> None:
+        """Waits for the first call of the modules of these names, or of all."""
         for name, module in named_modules_as_written(self._scope, self._name):
-            if next(module.parameters(), None) is None:
+            if next(module.parameters(), None) is None or (names is not None and name not in names):
                 continue
             hook = ModelHook(torch.compiler.disable(partial(self._before_call, name)))  # type: ignore[no-untyped-call]
             # prepended, to run before hooks that change the arguments
             self._hooks[name] = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
-        self.is_settled = False
-        run_eagerly(self)  # a compiler would compile each piece between these hooks, and all again when they are gone
 
     def _drop(self, names: Iterable[str]) -> None:
         for name in names:
@@ -136,10 +137,13 @@ class Examination:
             return
         if not any(parameter.requires_grad for parameter in module.parameters()):
             return  # a target network, or one that is still frozen
+        call = ForwardCall(original(module), f"{name}." if name else "", args, kwargs)
+        if call.is_empty:
+            return  # of an empty batch nothing can be seen: the next call is examined
         self._drop([name])
         if self._is_known_in_parts(name):
             return  # what is left of it is examined when it is called
-        self.examine(name, ForwardCall(original(module), f"{name}." if name else "", args, kwargs))
+        self.examine(name, call)
 
     def _is_known_in_parts(self, name: str) -> bool:
         return any(is_inside(called, name) for part in (*self.parts, *self._new) for called in part.called)
@@ -198,7 +202,7 @@ class Examination:
     def settle(self) -> None:
         """Agrees over ranks on the parts that were seen. All ranks must call it, before an optimizer's step.
 
-        Where all have seen the same nothing more than a number is sent; otherwise rank 0's parts count, and what only
+        Where all have seen the same nothing more than numbers are sent; otherwise rank 0's parts count, and what only
         others have seen. As long as modules wait for their first call this asks in each step; then never again.
         """
         if self.is_settled:
@@ -208,21 +212,25 @@ class Examination:
             self.parts, self._new, self.is_settled = [*self.parts, *self._new], [], True
             return
         device = next((p.device for p in self._scope.parameters()), torch.device("cpu"))
-        if any_rank_has(bool(self._new), device):
+        found = largest_over_ranks(2 if self._new else 1 if self.waiting() else 0, device)
+        if found == 2:
             own = [(part.name, part.found, sorted(part.called)) for part in self._new]
             if all_ranks_have(own, device):
                 self.parts += self._new
             else:
                 self._take_over(gather_objects(self._new))
             self._new = []
+            found = largest_over_ranks(1 if self.waiting() else 0, device)
         # Parts that were frozen when ranks last agreed are thawed on all ranks together, and called on all of them.
-        self.is_settled = not self.waiting()
+        self.is_settled = found == 0
 
     def _take_over(self, seen: Sequence[Sequence[Part]]) -> None:
         for part in [part for of_rank in seen for part in of_rank]:
             if not any(part.called & known.called for known in self.parts):
                 self.parts.append(part)
                 self._drop(part.called)
+        known_now = {name for part in self.parts for name in part.called}
+        self._wait({name for part in self._new for name in part.called} - known_now)  # as the other ranks do
         for listener in self._listeners:
             listener.forget_parts()
             for part in self.parts:

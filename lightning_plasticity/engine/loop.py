@@ -27,7 +27,7 @@ from lightning_plasticity.engine.forward import ModelHook, forget_compiled_code
 from lightning_plasticity.engine.method import Method
 from lightning_plasticity.engine.settings import ShowsSettings, without_links
 from lightning_plasticity.engine.state import VERSION, check_state
-from lightning_plasticity.engine.steps import OptimizerSteps, unwrapped
+from lightning_plasticity.engine.steps import OptimizerSteps, is_joining, unwrapped
 from lightning_plasticity.kernels import kernels_on, use_kernels
 from lightning_plasticity.names import original
 from lightning_plasticity.units.calls import arguments_of
@@ -60,6 +60,7 @@ class LoopMethod(ShowsSettings, Method, ABC):
         self.draws: EqualDraws
         self.editor: Editor
         self._model: nn.Module | None = None
+        self._wrapper: nn.Module | None = None  # what was attached, which may be around the model
         self._scope: nn.Module | None = None
         self._trainer: Trainer | None = None
         self._handles: list[RemovableHandle] = []
@@ -103,6 +104,7 @@ class LoopMethod(ShowsSettings, Method, ABC):
         )
         try:
             self._attach(model, optimizers)
+            self._wrapper = model
             if self._examination is not None and example is not None:
                 self._examination.examine_example(*example)
                 self._take_parts()
@@ -142,6 +144,11 @@ class LoopMethod(ShowsSettings, Method, ABC):
                 f"{type(self).__name__} needs the parameters that it was attached to, but the optimizer trains others, "
                 "which the model has got since. Call detach() and attach(model, optimizer) again."
             )
+        if any(is_joining(one) for one in (self._wrapper, *self.optimizers)):
+            raise RuntimeError(
+                f"{type(self).__name__} needs all ranks to make the same steps, but `Join` lets some end before "
+                "others. Give all ranks as many batches, as DistributedSampler does, and train without Join."
+            )
         self._calls_without_step = 0 if has_stepped else self._calls_without_step + 1
         if self._calls_without_step == _MANY_CALLS:
             warnings.warn(
@@ -164,7 +171,7 @@ class LoopMethod(ShowsSettings, Method, ABC):
         if self._examination is not None:
             self._examination.leave(self)
         self._stop()
-        self._model = self._scope = self._trainer = self._examination = None
+        self._model = self._wrapper = self._scope = self._trainer = self._examination = None
         self._parts = 0
         self._ready = self._is_interrupted = False
         self.optimizers = []

@@ -89,3 +89,8 @@ def unwrapped(optimizer: Any) -> Optimizer:
     if not isinstance(inner, Optimizer):
         raise ValueError(f"A torch.optim.Optimizer is required, got {type(optimizer).__name__}.")
     return inner
+
+
+def is_joining(joinable: object) -> bool:
+    """Whether training goes on inside ``torch.distributed.algorithms.Join``, of a wrapped model or an optimizer."""
+    return bool(getattr(getattr(joinable, "_join_config", None), "enable", False))

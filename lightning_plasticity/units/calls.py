@@ -20,6 +20,11 @@ class ForwardCall:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it is of a batch without an example."""
+        return any(x.ndim and not len(x) for x in _tensors((self.args, self.kwargs)))
+
     def on_one_example(self, examine: Callable[[tuple[Any, ...], Mapping[str, Any]], T]) -> T:
         """``examine(args, kwargs)`` with the batch cut to one example, or with all where the module refuses one."""
         sizes = {x.shape[0] for x in _tensors((self.args, self.kwargs)) if x.ndim}

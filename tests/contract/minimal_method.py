@@ -108,10 +108,11 @@ class NoisyUnits(PlasticityCallback):
         for watched in self._watched:
             weight = self.model.get_submodule(watched.layer).weight
             assert isinstance(weight, Tensor)
-            if self.optimizer_of(weight) is not optimizer or not watched.examples:
+            if self.optimizer_of(weight) is not optimizer:
                 continue
-            mean = watched.heard / watched.examples
-            watched.average.lerp_(torch.where(mean.isfinite(), mean, watched.average), 0.1)
+            if watched.examples:  # on another rank the batch may have been empty
+                mean = watched.heard / watched.examples
+                watched.average.lerp_(torch.where(mean.isfinite(), mean, watched.average), 0.1)
             watched.heard.zero_()
             watched.examples = 0
             watched.steps += 1
