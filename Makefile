@@ -3,7 +3,8 @@
 #   make test     linter, format, types, tests
 #   make docs     the site, into build/docs: every reference and every link checked
 #   make dist     wheel and source distribution, checked, and the wheel tried in an environment of its own
-#   make torture  1,000 random cases, or as many as TORTURE says, and a report in docs/torture.md
+#   make torture  random cases, killed runs, mutated state, ranks, with a report in docs/torture.md: ten minutes, or
+#                 TORTURE=hours; PARTS="soak mutation" for the parts that take longer
 # Each makes the environment .venv once and uses it again until pyproject.toml changes.
 
 PYTHON ?= python3
@@ -31,7 +32,7 @@ dist: .venv/.installed
 	$(BIN)/python tests/distribution.py dist
 
 torture: .venv/.installed
-	$(BIN)/python tests/faults/torture.py
+	PYTHONPATH=tests $(BIN)/python -m torture $(PARTS)
 
 # The stamp tells a finished environment from one whose installation was interrupted.
 .venv/.installed: pyproject.toml
