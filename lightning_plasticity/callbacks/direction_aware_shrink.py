@@ -13,7 +13,13 @@ from lightning_plasticity import checks
 from lightning_plasticity.distributed import sum_over_ranks
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.engine.schedule import Schedule, ScheduledCallback
-from lightning_plasticity.engine.training_pass import Loss, average_gradients, trainers_batches, trainers_loss
+from lightning_plasticity.engine.training_pass import (
+    Loss,
+    as_trained_on,
+    average_gradients,
+    trainers_batches,
+    trainers_loss,
+)
 from lightning_plasticity.functional.direction_aware_shrink import shrink_factors
 from lightning_plasticity.layers.weights import LayerPatterns, find_bias, find_weights
 
@@ -41,7 +47,8 @@ class DirectionAwareShrink(ScheduledCallback):
     Args:
         averaging: :math:`a`; 0.3, and 0.1 to 0.3 by others.
         least: :math:`\lambda`; 0.3, and 0.05 to 0.3 by others.
-        data: the batches to pass over, on the model's device: a loader, or a list. None takes the Trainer's.
+        data: the batches to pass over: a loader, or a list. A Trainer brings them to its device and precision; for
+            another loop they must be there. None takes the Trainer's.
         loss: gives the loss of a batch of ``data``: ``loss(model, batch)``. None takes the Trainer's ``training_step``.
             A plain or Fabric loop needs both.
         every_n_epochs: act after every so many epochs, when the next one begins.
@@ -133,10 +140,11 @@ class DirectionAwareShrink(ScheduledCallback):
             self.editor.write([parameter], [parameter * factors])
 
     def _data(self) -> Iterable[Any]:
-        if self.data is not None:
+        if self._trainer is None:
+            assert self.data is not None
             return self.data
-        assert self._trainer is not None
-        return trainers_batches(self._trainer, self.averaging)
+        data = trainers_batches(self._trainer, self.averaging) if self.data is None else self.data
+        return as_trained_on(self._trainer, data)
 
     def _loss(self) -> Loss:
         if self.loss is not None:

@@ -137,7 +137,7 @@ def _no_log(*args: Any, **kwargs: Any) -> None:
     """Takes the place of ``log`` and ``log_dict``."""
 
 
-def trainers_batches(trainer: Trainer, weight: float) -> Iterator[Any]:
+def trainers_batches(trainer: Trainer, weight: float) -> Iterable[Any]:
     """This rank's share of the training data in their order, from where on batches count in a running average.
 
     Raises:
@@ -155,7 +155,7 @@ def trainers_batches(trainer: Trainer, weight: float) -> Iterator[Any]:
     order: list[int] = list(DistributedSampler(dataset, world_size(), rank, shuffle=False))
     counting = 1 if weight == 1 else math.ceil(math.log(_NEGLIGIBLE) / math.log(1 - weight))
     begin = max(0, math.ceil(len(order) / size) - counting) * size
-    again = DataLoader(
+    return DataLoader(
         dataset,
         size,
         sampler=order[begin:],
@@ -164,5 +164,9 @@ def trainers_batches(trainer: Trainer, weight: float) -> Iterator[Any]:
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
     )
-    for batch in again:
+
+
+def as_trained_on(trainer: Trainer, batches: Iterable[Any]) -> Iterator[Any]:
+    """Batches as the Trainer gives them to ``training_step``: on its device, in its precision."""
+    for batch in batches:
         yield trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))

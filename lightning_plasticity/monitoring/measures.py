@@ -126,6 +126,12 @@ class Measures:
             self._metrics[name, layer] = metric.to(self.device)
         return self._metrics[name, layer]
 
+    def forget(self, *kinds: Kind) -> None:
+        """Forgets what metrics of these kinds have measured since values were last taken."""
+        for (name, _), metric in self._metrics.items():
+            if self._kinds[name] in kinds:
+                metric.reset()
+
     def take(self, seen: Mapping[tuple[str, str], int]) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
         """Values by measure and layer, and the matrices that some values sum up; then starts anew.
 

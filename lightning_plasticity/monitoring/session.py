@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -83,10 +83,30 @@ class Session:
         if self._examination is not None and self._reader is not None:
             self._reader.start()
         if self._batch is None and self._measures.has("inputs", "batch"):
-            self._batch = batch
+            self._batch = batch  # None where it becomes known later
         for metric in self._measures.of("step"):
             metric.update(self._scope)
             metric.reset()  # keeps the weights before this step
+
+    def examine(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Finds the layers whose features to read by an example, before the first training call."""
+        if self._examination is not None:
+            self._examination.examine_example(args, kwargs)
+
+    def take_batch(self, batch: Any) -> None:
+        """The batch that was trained on, for metrics that run the model on it; a probe batch stays in its place."""
+        if self._batch is None and self._measures.has("inputs", "batch"):
+            if batch is None:
+                raise ValueError(
+                    "PlasticityMonitor has measures that run the model on a batch, and none was given. Give the one "
+                    "that was trained on to step(batch=(inputs, targets)), or a fixed one to "
+                    "PlasticityMonitor(probe_batch=...)."
+                )
+            self._batch = batch
+
+    def forget(self) -> None:
+        """Forgets the features and gradients that were read, for no step has followed them."""
+        self._measures.forget("features", "gradients")
 
     def before_step(self) -> None:
         """An optimizer is about to step, in any batch."""

@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from callbacks.streams import INPUT, convolutional, mlp, train
 from lightning_plasticity import ContinualBackprop, DirectionAwareShrink
-from lightning_plasticity.engine.training_pass import trainers_batches, trainers_loss
+from lightning_plasticity.engine.training_pass import trainers_loss
 from lightning_plasticity.functional.direction_aware_shrink import shrink_factors
 
 
@@ -171,7 +171,7 @@ def test_a_long_pass_begins_where_batches_count():
 
     class Sees(DirectionAwareShrink):
         def _data(self):
-            seen.extend(trainers_batches(self._trainer, self.averaging))
+            seen.extend(super()._data())
             return seen
 
     short, whole = Notes(), Notes()

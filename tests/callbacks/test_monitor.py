@@ -18,6 +18,7 @@ from contract.training import (
     Batches,
     LightningNetwork,
     PytorchLightningNetwork,
+    adam,
     assert_same,
     difference,
     fit,
@@ -429,8 +430,19 @@ def work(rank, port, folder):
     fit(monitor, talk, logger=lightning.pytorch.loggers.CSVLogger(folder, name="", version="logs"), **options)
     fit(PlasticityMonitor([M.DeadUnits()], 5, probe_batch=PAIR), probe, **options)
     fit(without, **options)  # the Trainer and DDP talk in every step
+    model = seeded(Unnormalised).double()
+    optimizer, plainly = adam(model.parameters()), PlasticityMonitor(rank_metrics(), 5)
+    plainly.attach(model, optimizer)
+    for x, y in [*Batches(rank), *Batches(rank)]:
+        optimizer.zero_grad()
+        cross_entropy(model(x.double()), y).backward()
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= 2
+        optimizer.step()
+        plainly.step(batch=(x.double(), y))
     calls = {"talk": talk.calls, "probe": probe.calls, "without": without.calls}
-    torch.save({"history": monitor.history, **calls}, folder / f"{rank}.pt")
+    torch.save({"history": monitor.history, "plainly": plainly.history, **calls}, folder / f"{rank}.pt")
 
 
 def test_two_processes_measure_what_one_measures_on_all_data(tmp_path):
@@ -442,6 +454,11 @@ def test_two_processes_measure_what_one_measures_on_all_data(tmp_path):
     alone = PlasticityMonitor(rank_metrics(), 5)
     fit(alone, module=AllData, precision="64-true", max_epochs=2)
     assert first["history"] == second["history"]
+    assert first["plainly"] == second["plainly"]
+    for name, records in first["history"].items():
+        for (step, expected), (its_step, values) in zip(records, first["plainly"][name], strict=True):
+            assert its_step == step
+            assert values == pytest.approx(expected, rel=1e-6)
     assert set(first["history"]) == set(alone.history)
     for name, records in alone.history.items():
         assert [step for step, _ in records] == [4, 9]
@@ -573,11 +590,6 @@ def test_two_monitors_with_schedules_of_their_own():
     assert len({monitor.state_key for monitor in both}) == 2
     with pytest.raises(ValueError, match=r"but two would log 'WeightNorm'\. Name them in one of the two"):
         fit(both[0], PlasticityMonitor([M.WeightNorm()], every_n_train_steps=3))
-
-
-def test_attach_says_that_a_trainer_is_needed():
-    with pytest.raises(RuntimeError, match=r"measures in a Trainer, got attach\(\)"):
-        PlasticityMonitor().attach(nn.Linear(2, 2))
 
 
 def test_layers_that_are_called_by_keyword() -> None:

@@ -112,6 +112,7 @@ def train_fabric_gan(callbacks: list[Config]) -> Run:
     discriminator, optimizer_d = fabric.setup(model["discriminator"], optimizer_d)
     loader = fabric.setup_dataloaders(images())
     methods = [method.attach(model, [optimizer_g, optimizer_d]) for method in instantiate(callbacks)]
+    logged: dict[str, float] = {}
 
     for _ in range(2):
         for real, _ in loader:
@@ -128,10 +129,10 @@ def train_fabric_gan(callbacks: list[Config]) -> Run:
             fabric.backward(loss)
             optimizer_d.step()
             for method in methods:
-                method.step()
+                logged |= method.step() or {}
     for method in methods:
         method.detach()
-    return Run(model, [optimizer_g.optimizer, optimizer_d.optimizer])
+    return Run(model, [optimizer_g.optimizer, optimizer_d.optimizer], logged)
 
 
 PARTS = ("generator", "discriminator")
@@ -144,9 +145,6 @@ CLIENTS = [
         refused={
             "DirectionAwareShrink": Refusal(
                 "needs data to pass over and their loss", "Both can be given, but not in a configuration file."
-            ),
-            "PlasticityMonitor": Refusal(
-                "PlasticityMonitor measures in a Trainer", "In a loop of one's own the metrics are updated by hand."
             ),
         },
     ),
