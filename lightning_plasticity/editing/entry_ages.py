@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -72,8 +73,9 @@ class Follower:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._followed: _Followed | None = None
-        if type(optimizer) in _STEP_SIZES:
-            self._followed = _FOLLOWED.get(optimizer) or _Followed(optimizer)
+        formula = _formula(optimizer)
+        if formula is not None:
+            self._followed = _FOLLOWED.get(optimizer) or _Followed(optimizer, formula)
             self._followed.followers.append(self)
 
     def remove(self) -> None:
@@ -86,8 +88,9 @@ class Follower:
 class _Followed:
     """What all followers of an optimizer share: each step is made up for once."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, formula: _Formula) -> None:
         _FOLLOWED[optimizer] = self
+        self._formula = formula
         self.followers: list[Follower] = []
         self.steps_since_renewal: dict[Tensor, int] = {}
         self._before: dict[Tensor, Tensor] = {}
@@ -122,7 +125,7 @@ class _Followed:
         if not before or (isinstance(found_inf, Tensor) and bool(found_inf.any())):
             return  # a fused optimizer under a gradient scaler skips inside its kernel
         for group in optimizer.param_groups:
-            sizes = _step_sizes(_STEP_SIZES[type(optimizer)], *group["betas"], group.get("momentum_decay", 0.0))
+            sizes = _step_sizes(self._formula, *group["betas"], group.get("momentum_decay", 0.0))
             for parameter in group["params"]:
                 if parameter in before and parameter.grad is not None:
                     state = optimizer.state[parameter]
@@ -140,6 +143,21 @@ def count_ages(optimizer: Optimizer, parameter: Tensor) -> None:
         if AGE not in state:
             wide = torch.promote_types(parameter.dtype, torch.float32)
             state[AGE] = torch.full_like(parameter, torch.inf, dtype=wide)
+
+
+def may_overshoot(optimizer: Optimizer, parameter: Tensor) -> bool:
+    """Whether an optimizer that is not PyTorch's counts the steps of a parameter, so that it may make up for averages.
+
+    Of PyTorch's own all that do so are followed.
+    """
+    state, step = optimizer.state.get(parameter, {}), inspect.unwrap(type(optimizer).step)
+    return "step" in state and AGE not in state and not step.__module__.startswith("torch.optim.")
+
+
+def _formula(optimizer: Optimizer) -> _Formula | None:
+    """How the optimizer makes up for averages that began at 0; one that takes the steps of its base does as that."""
+    step = inspect.unwrap(type(optimizer).step)  # PyTorch wraps it when the first optimizer of a class is made
+    return next((formula for kind, formula in _STEP_SIZES.items() if inspect.unwrap(kind.step) is step), None)
 
 
 def _make_up_for(parameter: Tensor, before: Tensor, state: dict[str, Any], sizes: Tensor) -> None:

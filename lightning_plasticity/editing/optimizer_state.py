@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer, Rprop
 
-from lightning_plasticity.editing.entry_ages import AGE, Follower, count_ages
+from lightning_plasticity.editing.entry_ages import AGE, Follower, count_ages, may_overshoot
 from lightning_plasticity.shards import is_shared_out, local, sum_over_shards
 
 OptimizerState: TypeAlias = Literal["survivors", "reset", "keep"]
@@ -75,7 +75,7 @@ class EntryState:
         self._optimizers = [] if mode == "keep" else every
         self._followers: list[Follower] = []
         self._mode = mode
-        self._has_warned = False
+        self._warned: set[str] = set()
 
     def follow(self) -> None:
         """Begin to look after entries whose state starts from 0, until :meth:`close`."""
@@ -146,6 +146,13 @@ class EntryState:
         self.restart_lbfgs([parameter])
         for optimizer in self._optimizers if self._mode == "reset" else ():
             count_ages(optimizer, parameter)
+            if may_overshoot(optimizer, parameter):
+                self._warn_once(
+                    f"optimizer_state='reset' clears what {type(optimizer).__name__} remembers of new weights, but it "
+                    "counts steps by tensor. If it makes up for averages that began at 0, as Adam does, the first "
+                    "steps of new weights are several times too large. Use optimizer_state='survivors', or an "
+                    "optimizer of PyTorch."
+                )
 
     def _follows_survivors(self, key: str) -> bool:
         return self._mode == "survivors" and key in _SIZES_OF_GRADIENTS
@@ -167,18 +174,16 @@ class EntryState:
                 elif has_the_entries_of(parameter, state):
                     yield key, local(state), _initial(optimizer, key, local(parameter), parameter, local(state))
                 elif holds_many_values(state):
-                    self._warn_once(optimizer, key)
+                    self._warn_once(
+                        f"The state {key!r} of {type(optimizer).__name__} has no entry for each weight: it cannot be "
+                        "reset for the weights that are edited, and stays as it is. Use an optimizer whose state has "
+                        "the shape of the weights, such as AdamW, or accept this with optimizer_state='keep'."
+                    )
 
-    def _warn_once(self, optimizer: Optimizer, key: str) -> None:
-        if self._has_warned:
-            return
-        self._has_warned = True
-        warnings.warn(
-            f"The state {key!r} of {type(optimizer).__name__} has no entry for each weight: it cannot be reset for the "
-            "weights that are edited, and stays as it is. Use an optimizer whose state has the shape of the weights, "
-            "such as AdamW, or accept this with optimizer_state='keep'.",
-            stacklevel=2,
-        )
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=3)
 
 
 def levels(optimizer: Optimizer) -> list[Optimizer]:

@@ -190,6 +190,35 @@ def test_with_a_large_epsilon_an_entry_that_is_reset_moves_less_than_a_fresh_one
     torch.testing.assert_close(ours / fresh, (size + eps) / (size + eps / filled), rtol=1e-7, atol=0.0)
 
 
+class AlsoAdam(torch.optim.Adam):
+    """Takes the steps of Adam."""
+
+
+class OwnSteps(torch.optim.Adam):
+    """May do anything."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        return super().step(closure)
+
+
+def test_a_class_that_takes_the_steps_of_adam_is_looked_after_and_another_one_warned_of() -> None:
+    gradients = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ours, fresh = moves_of_old_and_fresh(partial(AlsoAdam, lr=LR, eps=EPS), gradients)
+    torch.testing.assert_close(ours, fresh, rtol=1e-9, atol=1e-12)
+    with pytest.warns(UserWarning, match="OwnSteps .* counts steps by tensor.* Use optimizer_state='survivors'"):
+        ours, fresh = moves_of_old_and_fresh(partial(OwnSteps, lr=LR, eps=EPS), gradients, 3000)
+    assert (ours[0] / fresh[0]).item() == pytest.approx(0.1 / math.sqrt(0.001), rel=0.05)
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = OwnSteps([weight])
+    editor = Editor(nn.Identity(), [optimizer], "reset")
+    mask = torch.tensor([True, False])
+    editor.write_masked(weight, mask, torch.tensor(0.0))  # nothing is remembered yet
+    one_step(weight, optimizer, 1.0)
+    with pytest.warns(UserWarning, match="OwnSteps"):
+        editor.write_masked(weight, mask, torch.tensor(0.0))
+    editor.write_masked(weight, mask, torch.tensor(0.0))  # it was said once; more would be an error
+
+
 def test_an_entry_is_as_old_as_its_tensor_after_ten_times_what_the_averages_remember() -> None:
     """And then it is looked after no longer, which changes next to nothing."""
     gradients = torch.randn(130, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
