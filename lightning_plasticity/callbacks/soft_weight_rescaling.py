@@ -316,7 +316,11 @@ class SoftWeightRescaling(PlasticityCallback):
 
         In a small network on the CPU Python's numbers take less time than a few small tensors.
         """
-        if share.terms is not None:
+        kernels = self._weights_together.kernels() if self._groups is None else None
+        if kernels is not None:
+            initial, own = self._initial_norms, (share.coefficients, share.exponents, share.factors)
+            kernels.rescaling_factors(self._weights_together, initial, *own)
+        elif share.terms is not None:
             numbers = (values.tolist() for values in (self._norms(), self._initial_norms, share.coefficients))
             logs = [log_rescaling_factor(*of_weight) for of_weight in zip(*numbers, strict=True)]
             share.factors.numpy()[:] = [
@@ -328,11 +332,11 @@ class SoftWeightRescaling(PlasticityCallback):
             terms = share.exponents * log_rescaling_factors(joint, initial, share.coefficients)
             torch.exp(terms.sum(1), out=share.factors)
 
-    @torch.no_grad()
     def _norms(self) -> Tensor:
         kernels = self._weights_together.kernels()
         if kernels is None:
-            return torch.stack(torch._foreach_norm(self._weights_together.tensors, dtype=self._dtype))
+            with torch.no_grad():
+                return torch.stack(torch._foreach_norm(self._weights_together.tensors, dtype=self._dtype))
         norms = torch.empty(len(self._weights), dtype=self._dtype)
         kernels.norms(self._weights_together, norms)
         return norms
@@ -379,7 +383,7 @@ class SoftWeightRescaling(PlasticityCallback):
             )
         now = self._initial_norms
         known = torch.stack([norms[name].to(now) for name in self._weights])
-        self._initial_norms, self._last_norms = known.unbind(1)
+        self._initial_norms, self._last_norms = (norms.contiguous() for norms in known.unbind(1))
         self._waiting = {
             name: (pair.to(now)[0], pair.to(now)[1]) for name, pair in norms.items() if name not in self._weights
         }

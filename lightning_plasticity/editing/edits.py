@@ -255,7 +255,6 @@ class Editor:
             self._set(tensors, values)
             self._state.renew_whole(tensors)
 
-    @torch.no_grad()
     def scale(self, tensors: Sequence[Tensor], factors: Tensor | float) -> None:
         """Multiply whole parameters or buffers by a number, or each by its own entry of a tensor of one dimension."""
         if isinstance(factors, Tensor) and factors.shape != (len(tensors),):
@@ -265,28 +264,22 @@ class Editor:
             )
         if not tensors:
             return
-        group = self._group(tensors) if isinstance(factors, Tensor) else None
-        kernels = None if group is None else group.kernels()
-        if group is not None and kernels is not None and isinstance(factors, Tensor):
-            kernels.scale(group, factors.to(tensors[0].dtype))
+        group = self._group(tensors)
+        kernels = group.kernels()
+        if kernels is not None and isinstance(factors, Tensor) and factors.dtype == tensors[0].dtype:
+            kernels.scale(group, factors)
             group.written()
+            self._state.renew_whole(tensors)
         else:
-            values = self.remainders.open(tensors)
-            torch._foreach_mul_(values, list(factors.unbind()) if isinstance(factors, Tensor) else factors)
-            self.remainders.close(tensors, values)
-        self._state.renew_whole(tensors)
+            each = list(factors.unbind()) if isinstance(factors, Tensor) else factors
+            self._change(tensors, lambda values: torch._foreach_mul_(values, each))
 
-    @torch.no_grad()
     def add(self, tensors: Sequence[Tensor], amounts: Sequence[Tensor], factor: float = 1.0) -> None:
         """Add ``factor * amounts`` to whole parameters or buffers."""
         check_pairs(tensors, amounts, "add", "amounts")
         if tensors:
-            values = self.remainders.open(tensors)
-            torch._foreach_add_(values, list(amounts), alpha=factor)
-            self.remainders.close(tensors, values)
-            self._state.renew_whole(tensors)
+            self._change(tensors, lambda values: torch._foreach_add_(values, list(amounts), alpha=factor))
 
-    @torch.no_grad()
     def draw_towards(self, tensors: Sequence[Tensor], targets: Sequence[Tensor], rate: Tensor | float) -> None:
         """Take from whole parameters or buffers the ``rate``-fold of their distance from ``targets``, which stay."""
         check_pairs(tensors, targets, "draw_towards", "targets")
@@ -297,15 +290,16 @@ class Editor:
         if kernels is not None and isinstance(rate, float):
             kernels.pull(group, rate)
             group.written()
-        else:
-            values = self.remainders.open(tensors)
+            self._state.renew_whole(tensors)
+            return
+
+        def draw(values: list[Tensor]) -> None:
             amounts = torch._foreach_sub(values, [local(target) for target in targets])
             torch._foreach_mul_(amounts, -rate)
             torch._foreach_add_(values, amounts)
-            self.remainders.close(tensors, values)
-        self._state.renew_whole(tensors)
 
-    @torch.no_grad()
+        self._change(tensors, draw)
+
     def clamp(self, tensors: Sequence[Tensor], limits: Sequence[float] | float) -> None:
         """Bring every entry into ``[-limit, limit]``, one limit for all or one for each tensor.
 
@@ -314,27 +308,40 @@ class Editor:
         if not tensors:
             return
         each = [limits] * len(tensors) if isinstance(limits, float | int) else list(limits)
-        if self._state.has_lbfgs:  # which has to know of it, where anything is beyond the limit
-            pairs = [(tensor, local(tensor), limit) for tensor, limit in zip(tensors, each, strict=True)]
-            self._state.restart_lbfgs([t for t, own, limit in pairs if own.numel() and own.abs().amax() > limit])
         group = self._group(tensors)
-        kernels = group.kernels()
-        held = [] if kernels is not None else [local(tensor) for tensor in tensors]
+        kernels = None if self._state.has_lbfgs else group.kernels()
         if kernels is not None:
             kernels.clamp(group, each)
             group.written()
-        elif held[0].is_cpu:  # one pass over each instead of two
-            for values, limit in zip(held, each, strict=True):
+        else:
+            self._clamp(tensors, [local(tensor) for tensor in tensors], each)
+
+    @torch.no_grad()
+    def _clamp(self, tensors: Sequence[Tensor], held: Sequence[Tensor], limits: Sequence[float]) -> None:
+        if self._state.has_lbfgs:  # which has to know of it, where anything is beyond the limit
+            pairs = zip(tensors, held, limits, strict=True)
+            self._state.restart_lbfgs([t for t, own, limit in pairs if own.numel() and own.abs().amax() > limit])
+        if held[0].is_cpu:  # one pass over each instead of two
+            for values, limit in zip(held, limits, strict=True):
                 values.clamp_(-limit, limit)
         else:
-            torch._foreach_clamp_min_(held, [-limit for limit in each])
-            torch._foreach_clamp_max_(held, each)
+            torch._foreach_clamp_min_(list(held), [-limit for limit in limits])
+            torch._foreach_clamp_max_(list(held), list(limits))
+
+    @torch.no_grad()
+    def _change(self, tensors: Sequence[Tensor], change: Callable[[list[Tensor]], None]) -> None:
+        """Changes whole tensors in place, by their values in float32 where they are in half precision."""
+        values = self.remainders.open(tensors)
+        change(values)
+        self.remainders.close(tensors, values)
+        self._state.renew_whole(tensors)
 
     def _group(self, tensors: Sequence[Tensor], beside: Sequence[Tensor] = ()) -> Tensors:
-        key = (id(tensors[0]), len(tensors), len(beside))
-        if key not in self._groups or not self._groups[key].are(tensors, beside):
-            self._groups[key] = Tensors(tensors, beside)
-        return self._groups[key]
+        key = (id(tensors[0]), len(tensors))
+        group = self._groups.get(key)
+        if group is None or not group.are(tensors, beside):
+            group = self._groups[key] = Tensors(tensors, beside)
+        return group
 
     def _set(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         torch._foreach_copy_([local(tensor) for tensor in tensors], list(values))

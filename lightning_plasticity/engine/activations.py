@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ from torch.compiler import is_compiling
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_plasticity.engine.base import PlasticityCallback
-from lightning_plasticity.engine.forward import ModelHook, in_backward
+from lightning_plasticity.engine.forward import ModelHook, compiler_is_near, in_backward
 from lightning_plasticity.engine.unit_sets import Reader, channels_of
 from lightning_plasticity.kernels import kernels_on
 from lightning_plasticity.units.examining import is_examining
@@ -71,6 +70,7 @@ class Activations:
         self._totals, self._sizes = self._sums
         self._parts: list[tuple[Tensor, Tensor]] = []  # of totals and sizes, for each reader
         self._counts: dict[tuple[int, ...], Tensor] = {}
+        self._device = "cpu"
         self._inputs: dict[int, list[Tensor]] = {}
 
     def add(self, readers: Sequence[Reader], zeros: Callable[[int], Tensor]) -> None:
@@ -81,7 +81,7 @@ class Activations:
         self._sums = torch.cat([self._sums.to(zeros(0)), torch.stack([zeros(more), zeros(more)])], 1)
         self._totals, self._sizes = self._sums
         self._parts = [(self._sums[0, reader.columns], self._sums[1, reader.columns]) for reader in self._readers]
-        self._counts = {}
+        self._counts, self._device = {}, self._sums.device.type
 
     def hook(self, layer: nn.Module, readers: Sequence[Reader]) -> ModelHook:
         """What to call with the arguments and keyword arguments of each call of a layer."""
@@ -118,25 +118,25 @@ class Activations:
 
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
             x = args[0] if args else kwargs["input"]
-            if not is_compiling():
+            if is_compiling():
+                if not _is_exporting():
+                    torch.ops.lightning_plasticity.hear(number, x.detach())
+            elif compiler_is_near():
                 uncompiled(x, False)
-            elif not _is_exporting():
-                torch.ops.lightning_plasticity.hear(number, x.detach())
+            else:
+                hear(x, False)
 
         return ModelHook(hook)
 
     def _sum_by_kernel(self, x: Tensor, dim: int, number: int) -> bool:
         """Adds what a reader is given to its sums, if there is a kernel for it."""
-        before, (total, size) = self._rows[number], self._parts[number]
-        kernels = kernels_on(total.device)
-        if kernels is None or not kernels.takes(x, total):
+        kernels = kernels_on(self._device)
+        if kernels is None:
             return False
-        inner = 1 if dim == -1 else math.prod(x.shape[dim + 1 :])
-        rows = x.numel() // len(total)
-        has_size = self._with_sizes and before + rows > 1
-        kernels.sum_columns(x, len(total), inner, total, size if has_size else None, before)
+        before, (total, size) = self._rows[number], self._parts[number]
+        rows: int = kernels.sum_columns(x, dim, total, size if self._with_sizes else None, before)
         self._rows[number] = before + rows
-        return True
+        return rows > 0
 
     def _sum_at_once(self, x: Tensor, dims: list[int], number: int, rows: int) -> None:
         """Writes the sums of what a reader is given right where they stay."""
@@ -199,17 +199,18 @@ class Activations:
 
         In arrays over the columns of all readers, to be used before the next forward pass.
         """
-        rows = [0] * len(self._rows)
-        for reader in readers:
-            n = reader.number
-            rows[n], self._rows[n] = self._rows[n], 0
-        totals, sizes = self._totals, self._sizes
-        if len(readers) == len(rows) and min(rows) == max(rows):
+        totals, sizes, rows = self._totals, self._sizes, self._rows
+        if len(readers) == len(rows) and rows.count(rows[0]) == len(rows):  # the usual case
+            self._rows = [0] * len(rows)
             if rows[0] > 1:
                 self._sums /= rows[0]
             elif self._with_sizes:
                 torch.abs(totals, out=sizes)
             return totals, sizes
+        rows = [0] * len(rows)
+        for reader in readers:
+            n = reader.number
+            rows[n], self._rows[n] = self._rows[n], 0
         for reader in readers if self._with_sizes else ():
             if rows[reader.number] == 1:
                 torch.abs(totals[reader.columns], out=sizes[reader.columns])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 _reasons_to_run_eagerly: set[int] = set()
 _eager = ExitStack()
@@ -62,6 +63,11 @@ def forget_compiled_code() -> None:
     """Compiled code does not see hooks that are added after it was made: it is made anew."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+def compiler_is_near() -> bool:
+    """Whether a compiler looks at what Python runs now, to compile it."""
+    return get_eval_frame_callback() is not None
 
 
 def in_backward() -> bool:

@@ -258,7 +258,7 @@ class LoopMethod(ShowsSettings, Method, ABC):
         # With the same seed, different methods, and the same on different modules, draw different numbers.
         seed = agree_on_seed(self.seed, device) ^ zlib.crc32(self.state_key.encode())
         self.draws = EqualDraws(seed)
-        if world_size() > 1 and any_rank_has(kernels_on(device) is None, device):
+        if world_size() > 1 and any_rank_has(kernels_on(device.type) is None, device):
             use_kernels(False)  # with them on some ranks only, these would part from the others by rounding
         self.editor = Editor(model, self.optimizers, self.optimizer_state)
         self._stepped.clear()

@@ -131,19 +131,17 @@ class UnitCallback(PlasticityCallback):
 
     def _average_in(self, sets: Sequence[int], values: Mapping[str, Tensor], weight: float) -> None:
         """Moves running averages of these sets towards new values, except where these are not finite."""
-        units, columns = self._population.places(sets)
-        places = dict.fromkeys(self.per_unit, units) | dict.fromkeys(self.per_column, columns)
-        kernels = None
-        if isinstance(units, slice):  # all of them
-            pairs = [(self._averages[name], value) for name, value in values.items()]
-            if self._together is None or not self._together.are(*zip(*pairs, strict=True)):
-                self._together = Tensors(*zip(*pairs, strict=True))
+        if len(sets) == len(self._population.sets):
+            averages, beside = [self._averages[name] for name in values], [*values.values()]
+            if self._together is None or not self._together.are(averages, beside):
+                self._together = Tensors(averages, beside)
             kernels = self._together.kernels()
-        if kernels is not None:
-            kernels.average_in(self._together, weight)
-        else:
-            for name, value in values.items():
-                average_in(self._averages[name], places[name], value, weight)
+            if kernels is not None:
+                kernels.average_in(self._together, weight)
+                return
+        units, columns = self._population.places(sets)
+        for name, value in values.items():
+            average_in(self._averages[name], units if name in self.per_unit else columns, value, weight)
 
     @override
     def _skipped(self) -> None:

@@ -7,8 +7,6 @@ import os
 from functools import cache
 from types import ModuleType
 
-import torch
-
 _VARIABLE = "LIGHTNING_PLASTICITY_KERNELS"
 _is_on: bool | None = None  # None until it is asked for
 
@@ -33,9 +31,9 @@ def use_kernels(is_on: bool) -> None:
     _is_on = is_on
 
 
-def kernels_on(device: torch.device) -> ModuleType | None:
-    """The kernels for a kind of device; None where there are none."""
-    return _found(device.type) if kernels_are_on() else None
+def kernels_on(device: str) -> ModuleType | None:
+    """The kernels for a kind of device, such as ``"cpu"``; None where there are none."""
+    return _found(device) if kernels_are_on() else None
 
 
 @cache

@@ -7,6 +7,7 @@ where nothing is said, results are the same to the last bit. Sums are in float64
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -69,25 +70,31 @@ _at: Any = intrinsic(_pointer)
 # ---- activations
 
 
-def takes(x: Tensor, like: Tensor) -> bool:
-    """Whether ``sum_columns`` takes a tensor, to be added up in the type of another."""
-    is_plain = x.dtype is like.dtype and x.is_cpu and x.is_contiguous() and type(x) in PLAIN
-    return is_plain and suit(x.dtype, x.numel())
-
-
-def sum_columns(x: Tensor, channels: int, inner: int, total: Tensor, size: Tensor | None, rows_before: int) -> None:
-    """Adds up entries, and their sizes, by channel.
+def sum_columns(x: Tensor, dim: int, total: Tensor, size: Tensor | None, rows_before: int) -> int:
+    """Adds up entries, and their sizes, by channel, if it takes tensors of this kind.
 
     Args:
-        x: what ``takes`` takes, with ``inner`` entries for each channel one after the other.
-        channels: how many there are.
-        inner: see there.
-        total: the sums, of the type of ``x``.
+        x: what is added up.
+        dim: where its channels are, counted from the end; its other dimensions are rows.
+        total: the sums.
         size: the sums of sizes; None where these are not wanted.
-        rows_before: how many rows are in them; without any they are set. Of one the size follows from the total.
+        rows_before: how many rows are in them; without any they are set. Of one the size follows from the total, and
+            is not written.
+
+    Returns:
+        How many rows were added: 0 if it does not take it.
     """
-    outer, size_at = x.numel() // (channels * inner), 0 if size is None else size.data_ptr()
-    _sum_columns(_LIKE[x.dtype], x.data_ptr(), outer, channels, inner, total.data_ptr(), size_at, rows_before)
+    if x.dtype is not total.dtype or not x.is_cpu or type(x) not in PLAIN or not x.is_contiguous():
+        return 0
+    entries, channels = x.numel(), total.numel()
+    if not suit(x.dtype, entries):
+        return 0
+    inner, rows = 1 if dim == -1 else math.prod(x.shape[dim + 1 :]), entries // channels
+    size_at = 0 if size is None or rows_before + rows == 1 else size.data_ptr()
+    _sum_columns(
+        _LIKE[x.dtype], x.data_ptr(), rows // inner, channels, inner, total.data_ptr(), size_at, rows_before
+    )  # fmt: skip
+    return rows
 
 
 @summing
@@ -230,6 +237,31 @@ def _norms(like: Any, places: Any, out: Any) -> None:
             entry = float(entries[i])
             total += entry * entry
         out[t] = np.sqrt(total)
+
+
+def rescaling_factors(
+    tensors: Tensors, initial_norms: Tensor, coefficients: Tensor, exponents: Tensor, factors: Tensor
+) -> None:
+    """Writes the exponentials of ``exponents @ log_rescaling_factors(norms(tensors), initial_norms, coefficients)``."""
+    like = _LIKE[tensors.tensors[0].dtype]
+    arrays = initial_norms.numpy(), coefficients.numpy(), exponents.numpy(), factors.numpy()
+    _rescaling_factors(like, tensors.places, np.finfo(like.dtype).eps - 1, *arrays)
+
+
+@compiled
+def _rescaling_factors(
+    like: Any, places: Any, smallest: Any, initial: Any, coefficients: Any, exponents: Any, factors: Any
+) -> None:
+    logs, norms = np.zeros(len(places)), np.empty(len(places), like.dtype)
+    _norms(like, places, norms)
+    for t in range(len(places)):
+        if norms[t] > 0 and norms[t] < np.inf:
+            logs[t] = np.log1p(max(coefficients[t] * (initial[t] / float(norms[t]) - 1.0), smallest))
+    for f in range(len(factors)):
+        total = 0.0
+        for t in range(len(places)):
+            total += exponents[f, t] * logs[t]
+        factors[f] = np.exp(total)
 
 
 def scale(tensors: Tensors, factors: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from types import ModuleType
 from typing import Any
 
@@ -31,24 +32,27 @@ class Tensors:
         self._all = [*self.tensors, *self._beside]
         self._are_plain = bool(self._all) and all(type(tensor) in PLAIN for tensor in self._all)
         self._seen: list[int] = []
+        self._memory: list[torch.UntypedStorage] = []
         self._kernels: ModuleType | None = None
         self.places: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_seen": [], "_kernels": None, "places": None}  # a copy lies elsewhere
+        return {**vars(self), "_seen": [], "_memory": [], "_kernels": None, "places": None}  # a copy lies elsewhere
 
     def are(self, tensors: Sequence[Tensor], beside: Sequence[Tensor] = ()) -> bool:
         """Whether it is these, each the same object."""
-        return [*map(id, self._all)] == [*map(id, tensors), *map(id, beside)]
+        if len(self.tensors) != len(tensors) or len(self._beside) != len(beside):
+            return False
+        return all(map(is_, self.tensors, tensors)) and all(map(is_, self._beside, beside))
 
     def kernels(self) -> ModuleType | None:
         """The kernels that can work on these tensors where they lie; None where only PyTorch's operations can."""
         if not self._are_plain:
             return None
         seen = [tensor.data_ptr() for tensor in self._all]
-        seen += [tensor.nbytes for tensor in self._all]  # memory that was freed may have become that of a smaller one
         if seen != self._seen:
             self._seen = seen
+            self._memory = [tensor.untyped_storage() for tensor in self._all]  # held, so that no other takes its place
             self._kernels = self._choose()
             self.places = None if self._kernels is None else self._kernels.places(self.tensors, self._beside)
         return self._kernels
@@ -59,7 +63,7 @@ class Tensors:
         pairs = zip(self.tensors, self._beside, strict=False)
         if not are_alike or any(a.shape != b.shape or a.stride() != b.stride() for a, b in pairs):
             return None
-        kernels = kernels_on(first.device)
+        kernels = kernels_on(first.device.type)
         size = sum(tensor.numel() for tensor in self._all)
         return kernels if kernels is not None and kernels.suit(first.dtype, size) else None
 

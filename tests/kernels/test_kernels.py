@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from lightning_plasticity import ContinualBackprop
 from lightning_plasticity.editing.edits import Editor
 from lightning_plasticity.engine.population import average_in
+from lightning_plasticity.functional.soft_weight_rescaling import log_rescaling_factors
 from lightning_plasticity.kernels import Tensors, kernels_on, use_kernels
 
-CPU = torch.device("cpu")
-kernels = kernels_on(CPU)
+kernels = kernels_on("cpu")
 pytestmark = pytest.mark.skipif(kernels is None, reason="needs Numba")
 both_types = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
@@ -49,32 +49,28 @@ def test_sums_of_columns(dtype, shape, inner, rows_before):
     rows = x.double().movedim(shape.index(7), -1).reshape(-1, 7) if inner > 1 else x.double().reshape(-1, 7)
     before = {0: (0.0, 0.0), 1: (total.double(), total.double().abs()), 2: (total.double(), size.double())}[rows_before]
     expected = (before[0] + rows.sum(0)).to(dtype), (before[1] + rows.abs().sum(0)).to(dtype)
-    assert kernels.takes(x, total)
-    kernels.sum_columns(x, 7, inner, total, size, rows_before)
+    dim, without, size_before = shape.index(7) - len(shape), some(7, dtype=dtype, seed=1), size.clone()
+    assert kernels.sum_columns(x, dim, total, size, rows_before) == len(rows)
     close(total, expected[0])
-    close(size, expected[1])
-    without = some(7, dtype=dtype, seed=1)
-    kernels.sum_columns(x, 7, inner, without, None, rows_before)
+    close(size, size_before if rows_before + len(rows) == 1 else expected[1])
+    kernels.sum_columns(x, dim, without, None, rows_before)
     assert torch.equal(without, total)
 
 
 def test_what_is_not_summed_by_kernels():
-    total = torch.zeros(4)
-    assert kernels.takes(torch.ones(2, 4), total)
-    for x in (
-        torch.ones(4, 2).T,
-        torch.ones(2, 4).double(),
-        torch.ones(2, 4).bfloat16(),
-        torch.ones(2, 4, device="meta"),
-    ):
-        assert not kernels.takes(x, total)
-    large = torch.empty(1).expand(kernels.LARGE + 1).contiguous()
+    def rows(x: Tensor) -> int:
+        return kernels.sum_columns(x, -1, torch.zeros(4), None, 0)
+
+    assert rows(torch.ones(2, 4)) == 2
+    for x in (torch.ones(4, 2).T, torch.ones(2, 4).double(), torch.ones(2, 4).half(), torch.ones(2, 4, device="meta")):
+        assert rows(x) == 0
+    large = torch.ones(kernels.LARGE // 4 + 1, 4)
     torch.set_num_threads(2)
     try:
-        assert not kernels.takes(large, total)
+        assert rows(large) == 0
     finally:
         torch.set_num_threads(1)
-    assert kernels.takes(large, total)
+    assert rows(large) == len(large)
 
 
 @both_types
@@ -134,6 +130,20 @@ def test_norms_and_scaling(dtype):
     expected = [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
     kernels.scale(together(*tensors), factors)
     assert_same(tensors, expected)
+
+
+@both_types
+def test_rescaling_factors(dtype):
+    weights = [some(30, 5, dtype=dtype), some(3, dtype=dtype), torch.zeros(2, dtype=dtype), torch.ones(1, dtype=dtype)]
+    weights[3].fill_(torch.inf)
+    norms = torch.stack([weight.norm() for weight in weights])
+    coefficients, initial = torch.tensor([0.1, 1.0, 0.5, 0.5], dtype=dtype), norms * torch.tensor([2.0, 0.0, 1.0, 1.0])
+    initial[2:] = 1.0
+    exponents, factors = some(5, 4, dtype=dtype), torch.empty(5, dtype=dtype)
+    kernels.rescaling_factors(together(*weights), initial.to(dtype), coefficients, exponents, factors)
+    logs = log_rescaling_factors(norms, initial.to(dtype), coefficients)
+    precision = 1e-5 if dtype == torch.float32 else 1e-9
+    torch.testing.assert_close(factors, (exponents * logs).sum(1).exp(), rtol=precision, atol=0)
 
 
 @both_types
