@@ -5,7 +5,7 @@ A whole tensor is the simplest case, a part that is all of it: whoever writes th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, TypeGuard
@@ -171,7 +171,23 @@ def by_output(view: LayerView, tensor: Tensor) -> Part:
         >>> by_output(view, view.weight).shape
         torch.Size([3, 2, 4, 4])
     """
-    part = part_of(tensor)
+    return _seen(view, tensor, view.by_output)
+
+
+def matrix(view: LayerView, tensor: Tensor) -> Part:
+    """The part that this rank holds of a tensor of a layer's weight's shape, with the rows first, then the inputs."""
+    return _seen(view, tensor, view.matrix)
+
+
+def bias_by_output(view: LayerView, tensor: Tensor) -> Part:
+    """The part that this rank holds of a tensor of a layer's bias's shape, with the outputs first."""
+    return part_of(tensor) if is_shared_out(tensor) else Part(view.bias_by_output(tensor), None)
+
+
+def _seen(view: LayerView, tensor: Tensor, see: Callable[[Tensor], Tensor]) -> Part:
+    if not is_shared_out(tensor):
+        return Part(see(tensor), None)
+    part = part_of(tensor)  # of a module that is one layer: others are not edited where they are shared out
     return part.swapped() if view.transposed else part
 
 

@@ -17,7 +17,8 @@ FLOORS = [
     ["engine", "layers", "metrics"],
     ["functional", "editing", "units"],
     ["shards"],
-    ["kernels", "distributed", "checks", "examining", "layer_views", "names"],
+    ["kernels", "distributed", "checks", "examining", "layer_views"],
+    ["names"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
 
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_plasticity import checks
@@ -17,7 +17,6 @@ from lightning_plasticity.engine.unit_callback import UnitCallback
 from lightning_plasticity.engine.unit_sets import UnitSet
 from lightning_plasticity.functional.activation_reset import RELU, TANH, ActivationStrategy, strategy_for
 from lightning_plasticity.functional.continual_backprop import bias_corrected, least
-from lightning_plasticity.names import submodule
 from lightning_plasticity.units.find import HiddenUnits
 
 Strategy: TypeAlias = Literal["auto", "relu", "tanh"] | ActivationStrategy
@@ -174,7 +173,8 @@ class ActivationReset(UnitCallback):
             for count, sign, factor in ((low, 1, strategy.low_scale), (high, -1, strategy.high_scale)):
                 if count:
                     units = least(sign * values, self._ages.of(i) > self.maturity_threshold, count)
-                    self.editor.scale_rows(unit_set.producers[0].module, unit_set.producers[0].of_units(units), factor)
+                    for table in unit_set.added_up:
+                        self.editor.scale_rows(table.module, table.of_units(units), factor)
                     self._ages.reset(i, units)
                     self._averages["utility"][unit_set.span][units] = 0.0
             self.scaled_low += low
@@ -184,9 +184,8 @@ class ActivationReset(UnitCallback):
         """The weights and biases that make the units of the sets."""
         key = tuple(sets)
         if key not in self._clamped:
-            modules = dict.fromkeys(t.module for i in sets for t in self._population.sets[i].producers)
-            layers: list[nn.Module] = [submodule(self.model, name) for name in modules]
-            self._clamped[key] = [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
+            layers = {t.module: t.layer for i in sets for t in self._population.sets[i].producers}
+            self._clamped[key] = [tensor for layer in layers.values() for tensor in layer.own()]
         return self._clamped[key]
 
     @override

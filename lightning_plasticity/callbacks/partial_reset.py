@@ -14,10 +14,9 @@ from lightning_plasticity import checks
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.editing.initial import Init, InitialDistribution, check_init
 from lightning_plasticity.engine.unit_callback import UnitCallback
-from lightning_plasticity.engine.unit_sets import Reader, UnitSet, view_of_layer, weights_of_producers
+from lightning_plasticity.engine.unit_sets import Reader, Table, UnitSet, weights_of_producers
 from lightning_plasticity.functional.partial_reset import reset_shares
 from lightning_plasticity.functional.redo import gradient_scores
-from lightning_plasticity.names import submodule
 from lightning_plasticity.units.find import HiddenUnits
 
 
@@ -119,30 +118,32 @@ class PartialReset(UnitCallback):
         shares = {i: reset_shares(self._utilities[i], self.strength, self.sharpness) for i in due}
         for i, share in shares.items():
             for table in self._population.sets[i].producers:
-                self._mix(table.module, table.entries, share)
+                self._mix(table, share)
         for i, share in shares.items():
             for reader in self._population.sets[i].readers:
                 self._shrink(reader, share)
             self._utilities[i].fill_(1.0)
 
-    def _mix(self, module: str, rows: Tensor, shares: Tensor) -> None:
+    def _mix(self, table: Table, shares: Tensor) -> None:
         """Mixes fresh values into these rows of a layer's weight."""
-        view = view_of_layer(submodule(self.model, module))
-        every_row = torch.arange(view.outputs)
-        fresh = self._initial.draw(f"{module}.weight", self.draws.generator(view.weight.device), every_row)
-        of_rows = _spread(shares, rows, view.outputs).view(-1, *(1,) * (view.weight.ndim - 1))
+        view = table.layer
+        fresh = self._initial.draw(table.weight, self.draws.generator(view.weight.device))
         [value] = self.editor.precise([view.weight])
-        self.editor.write(
-            [view.weight], [(value + view.by_output(of_rows * (fresh - view.by_output(value)))).to(value.dtype)]
-        )
+        value = value.clone()
+        rows = view.by_output(value)
+        of_rows = _spread(shares, table.entries, view.outputs).view(-1, *(1,) * (rows.ndim - 1))
+        rows.add_(of_rows * (view.by_output(fresh) - rows))
+        self.editor.write([view.weight], [value])
 
     def _shrink(self, reader: Reader, shares: Tensor) -> None:
         """Shrinks what a layer multiplies these inputs by."""
         view, columns = reader.view, reader.table.entries
-        kept = 1 - _spread(shares, columns, view.inputs).view(view.groups, 1, -1, *(1,) * (view.weight.ndim - 2))
         [value] = self.editor.precise([view.weight])
-        by_group = torch.unflatten(view.by_output(value), 0, (view.groups, -1))
-        self.editor.write([view.weight], [view.by_output((by_group * kept).to(value.dtype).flatten(0, 1))])
+        value = value.clone()
+        by_group = torch.unflatten(view.matrix(value), 0, (view.groups, -1))
+        kept = 1 - _spread(shares, columns, view.inputs).view(view.groups, 1, -1, *(1,) * (by_group.ndim - 3))
+        by_group.mul_(kept)
+        self.editor.write([view.weight], [value])
 
     @override
     def _state_of_set(self, index: int) -> dict[str, Any]:

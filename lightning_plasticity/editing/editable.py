@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_plasticity.distributed import any_rank_has
-from lightning_plasticity.layer_views import LayerView, view_of
+from lightning_plasticity.layer_views import LayerView, layers_of
 from lightning_plasticity.shards import is_flattened, is_shared_out, local
 
 
@@ -82,8 +82,9 @@ def check_editable(target: nn.Module | nn.Parameter, name: str) -> None:
     """
     if isinstance(target, nn.Parameter):
         check_parameter(target, name)
-    elif (view := view_of(target)) is not None:
-        check_layer(view, name)
+    elif views := layers_of(target):
+        for view in views.values():
+            check_layer(view, name)
     else:
         check_norm(target, name)
 
@@ -131,19 +132,25 @@ def check_layer(view: LayerView, name: str) -> None:
         raise ValueError(
             f"An edit needs a transposed convolution without groups, but {name!r} has groups={view.groups}. Exclude it."
         )
-    for kind in ("weight", "bias"):
+    module = view.weight_path(name).rpartition(".")[0]
+    for kind in (view.weight_name, view.bias_name):
         if getattr(layer, kind, None) is not None and kind not in layer._parameters:
             raise RuntimeError(
-                f"An edit needs {name}.{kind} to be a parameter, but it is computed from other tensors (by a "
+                f"An edit needs {module}.{kind} to be a parameter, but it is computed from other tensors (by a "
                 "parametrization, weight_norm, spectral_norm, pruning or sharding), so that what is written would be "
                 "lost. Remove that, as with torch.nn.utils.parametrize.remove_parametrizations, or exclude the module."
             )
     for kind, parameter in layer.named_parameters(recurse=False):
-        check_parameter(parameter, f"{name}.{kind}")
+        check_parameter(parameter, f"{module}.{kind}")
+    if is_shared_out(view.weight) and view.part:
+        raise RuntimeError(
+            f"An edit of one of the layers that a module holds needs whole parameters, but {module}.{view.weight_name} "
+            "is sharded. Use a strategy that keeps parameters whole, such as DDP, or exclude the module."
+        )
     dimensions = 1 - view.channel_dim
     if view.weight.dim() != dimensions:
         raise RuntimeError(
-            f"An edit needs {name}.weight to have {dimensions} dimensions, but its shape is "
+            f"An edit needs {module}.{view.weight_name} to have {dimensions} dimensions, but its shape is "
             f"{tuple(view.weight.shape)}: it was flattened, perhaps to be sharded. "
             "Use a strategy that keeps parameters whole, such as DDP, or exclude the module."
         )

@@ -7,7 +7,7 @@ out of range, and too few values for a mask, are seen beforehand on the CPU only
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,11 @@ from lightning_plasticity.editing.optimizer_state import EntryState
 from lightning_plasticity.editing.optimizer_state import OptimizerState as OptimizerState
 from lightning_plasticity.editing.remainders import Remainders
 from lightning_plasticity.kernels import Tensors
-from lightning_plasticity.layer_views import LayerView, view_of
+from lightning_plasticity.layer_views import LayerView, layer_at, layers_of
 from lightning_plasticity.names import submodule
-from lightning_plasticity.shards import Part, by_output, local, part_of, sum_over_shards
+from lightning_plasticity.shards import Part, bias_by_output, by_output, local, matrix, part_of, sum_over_shards
 
+T = TypeVar("T")
 _Index: TypeAlias = tuple[Tensor | slice, ...]
 
 
@@ -122,9 +123,10 @@ class Editor:
         count = len(rows) * part.shape[1:].numel()
         self._assign(layer.weight, (here,), part.local[here] * factor, count, layer.by_output)
         if layer.bias is not None:
-            bias = part_of(layer.bias)
+            bias = bias_by_output(layer, layer.bias)
             here, _ = bias.find(0, rows)
-            self._assign(layer.bias, (here,), bias.local[here] * factor, len(rows))
+            count = len(rows) * layer.gates
+            self._assign(layer.bias, (here,), bias.local[here] * factor, count, layer.bias_by_output)
 
     @torch.no_grad()
     def zero_bias(self, module: str, rows: Tensor) -> None:
@@ -132,20 +134,22 @@ class Editor:
         layer = self._layer(module)
         check_index(rows, layer.weight, layer.outputs, module)
         if layer.bias is not None:
-            bias = part_of(layer.bias)
-            self._assign(layer.bias, (bias.find(0, rows)[0],), bias.local.new_zeros(()), len(rows))
+            bias = bias_by_output(layer, layer.bias)
+            here, _ = bias.find(0, rows)
+            zero, count = bias.local.new_zeros(()), len(rows) * layer.gates
+            self._assign(layer.bias, (here,), zero, count, layer.bias_by_output)
 
     @torch.no_grad()
     def zero_columns(self, module: str, columns: Tensor) -> None:
         """Set to 0 what a layer multiplies these inputs (features, or channels of a convolution with any groups) by."""
         layer = self._layer(module)
         check_index(columns, layer.weight, layer.inputs, module)
-        part = by_output(layer, layer.weight)
+        part = matrix(layer, layer.weight)
         zero = part.local.new_zeros(())
         if layer.groups == 1:
             here, _ = part.find(1, columns)
             count = len(columns) * part.shape[0] * part.shape[2:].numel()
-            self._assign(layer.weight, (slice(None), here), zero, count, layer.by_output)
+            self._assign(layer.weight, (slice(None), here), zero, count, layer.matrix)
             return
         chosen = _reads_one_of(columns, layer, part)
         mask = chosen.view(*chosen.shape, *(1,) * (len(part.shape) - 2)).expand(part.local.shape)
@@ -171,7 +175,7 @@ class Editor:
         if layer.bias is None:
             return
         precise = torch.promote_types(layer.weight.dtype, torch.float32)
-        part = by_output(layer, layer.weight)
+        part = matrix(layer, layer.weight)
         if layer.groups == 1:  # without the masks, which take most of the time
             here, given = part.find(1, columns)
             used = part.local[:, here].unsqueeze(-1).flatten(2).sum(-1, dtype=precise)
@@ -184,8 +188,10 @@ class Editor:
             shift = torch.where(chosen, used * given[_inputs_of(layer, part)], 0.0).sum(1)
         [shift] = sum_over_shards([part.spread(shift, 0)], [layer.weight])
         bias = part_of(layer.bias)
-        shift = bias.take(torch.where(shift.isfinite(), shift, 0.0))
-        self._set([layer.bias], [bias.local + shift])
+        shift = bias.take(torch.where(shift.isfinite(), shift, 0.0), 0)
+        shifted = bias.local.to(torch.promote_types(precise, layer.bias.dtype), copy=True)
+        layer.bias_by_row(shifted).add_(shift)
+        self._set([layer.bias], [shifted])
 
     @torch.no_grad()
     def reset_norm(self, module: str, entries: Tensor | None = None) -> None:
@@ -301,7 +307,7 @@ class Editor:
         self._change(tensors, draw)
 
     def clamp(self, tensors: Sequence[Tensor], limits: Sequence[float] | float) -> None:
-        """Bring every entry into ``[-limit, limit]``, one limit for all or one for each tensor.
+        """Bring every entry into ``[-limit, limit]``, one limit for all or one for each tensor, which may be a view.
 
         Optimizer state stays: a bound renews nothing.
         """
@@ -320,7 +326,8 @@ class Editor:
     def _clamp(self, tensors: Sequence[Tensor], held: Sequence[Tensor], limits: Sequence[float]) -> None:
         if self._state.has_lbfgs:  # which has to know of it, where anything is beyond the limit
             pairs = zip(tensors, held, limits, strict=True)
-            self._state.restart_lbfgs([t for t, own, limit in pairs if own.numel() and own.abs().amax() > limit])
+            changed = [t for t, own, limit in pairs if own.numel() and own.abs().amax() > limit]
+            self._state.restart_lbfgs([t if t._base is None else t._base for t in changed])
         if held[0].is_cpu:  # one pass over each instead of two
             for values, limit in zip(held, limits, strict=True):
                 values.clamp_(-limit, limit)
@@ -348,8 +355,11 @@ class Editor:
         self.remainders.close(tensors, values)
 
     def _find(self, name: str) -> nn.Module:
+        return self._look_up(name, submodule)
+
+    def _look_up(self, name: str, find: Callable[[nn.Module, str], T]) -> T:
         try:
-            return submodule(self._model, name)
+            return find(self._model, name)
         except AttributeError as error:
             raise ValueError(
                 f"An edit needs the name of a module in {type(self._model).__name__}, but there is no {name!r}. "
@@ -358,12 +368,11 @@ class Editor:
 
     def _layer(self, name: str) -> LayerView:
         if name not in self._layers:
-            layer = self._find(name)
-            view = view_of(layer)
+            view = self._look_up(name, layer_at)
             if view is None:
                 raise ValueError(
                     "Editing rows and columns needs a Linear or Conv layer, "
-                    f"but {name!r} is a {type(layer).__name__}. Exclude it."
+                    f"but {name!r} is a {type(self._find(name)).__name__}. Exclude it."
                 )
             check_layer(view, name)
             self._layers[name] = view
@@ -378,7 +387,7 @@ class Editor:
 
 
 def _initial_norm(norm: nn.Module, name: str) -> dict[str, Tensor]:
-    if view_of(norm) is not None:
+    if layers_of(norm):
         raise ValueError(
             f"reset_norm needs a normalisation module, but {name!r} is a {type(norm).__name__}. Use redraw_rows."
         )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity import checks
 from lightning_plasticity.editing.editable import check_finite
-from lightning_plasticity.layer_views import view_of
+from lightning_plasticity.layer_views import LayerView, layers_of, view_of
 from lightning_plasticity.names import submodule
 from lightning_plasticity.shards import part_of, whole
 
@@ -109,7 +109,9 @@ class InitialDistribution:
             table = _quantiles(values) if self._init == "quantiles" else ()
             self._moments[name] = (mean.item(), std.item(), *table)
 
-    def draw(self, name: str, generator: torch.Generator, rows: Tensor | None = None) -> Tensor:
+    def draw(
+        self, name: str, generator: torch.Generator, rows: Tensor | None = None, layer: LayerView | None = None
+    ) -> Tensor:
         """Draw initial values of a parameter, in its dtype and on its device: of rows, or of the part on this rank.
 
         What is drawn does not depend on the number of ranks: where parameters are shared out, each rank draws the rows,
@@ -121,6 +123,7 @@ class InitialDistribution:
                 CPU generator gives the same values on any device. (``"reset_parameters"`` waits for a CUDA generator.)
             rows: Draw what makes these outputs of a layer (the first dimension; in transposed convolutions the
                 second), whole, instead of the parameter. The values have outputs in the first dimension.
+            layer: Whose outputs these are, where the module holds several layers.
 
         Raises:
             KeyError: If the parameter was not recorded.
@@ -128,7 +131,7 @@ class InitialDistribution:
         """
         mean, std, *table = self._moments[name]
         parameter = self._parameter(name)
-        by_output = self._by_output(name, parameter)
+        by_output = self._by_output(name, parameter) if layer is None else layer.by_output
         of_all = torch.empty(parameter.shape, device="meta")
         shape = of_all.shape if rows is None else torch.Size((len(rows), *by_output(of_all).shape[1:]))
         options: dict[str, Any] = {"device": generator.device, "dtype": _drawn_in(parameter)}
@@ -206,13 +209,14 @@ class InitialDistribution:
 
     def _fan_in(self, name: str) -> int:
         _, owner = self._owner(name)
-        weight = getattr(owner, "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() < 2 or name.rpartition(".")[2] not in ("weight", "bias"):
+        own = name.rpartition(".")[2]
+        view = next((v for v in layers_of(owner).values() if own in (v.weight_name, v.bias_name)), None)
+        weight = getattr(owner, "weight", None) if view is None else view.weight
+        if not isinstance(weight, Tensor) or weight.dim() < 2 or (view is None and own not in ("weight", "bias")):
             raise ValueError(
                 "init='kaiming_uniform' needs the weight or bias of a layer with inputs and outputs, but "
                 f"{name!r} belongs to a {type(owner).__name__}. Use init='empirical' or leave the parameter out."
             )
-        view = view_of(owner)
         if view is not None and view.transposed and weight.dim() == 2:
             return view.inputs
         return math.prod(weight.shape[1:])

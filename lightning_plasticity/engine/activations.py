@@ -6,17 +6,17 @@ import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.compiler import is_compiling
-from torch.nn.modules.conv import _ConvNd
+from torch.utils.hooks import RemovableHandle
 
 from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.engine.forward import ModelHook, compiler_is_near, in_backward
-from lightning_plasticity.engine.unit_sets import Reader, channels_of
+from lightning_plasticity.engine.unit_sets import Reader
 from lightning_plasticity.kernels import kernels_on
+from lightning_plasticity.layer_views import LayerView
 from lightning_plasticity.units.examining import is_examining
 
 _PIECE = 2**18  # entries
@@ -83,10 +83,9 @@ class Activations:
         self._parts = [(self._sums[0, reader.columns], self._sums[1, reader.columns]) for reader in self._readers]
         self._counts, self._device = {}, self._sums.device.type
 
-    def hook(self, layer: nn.Module, readers: Sequence[Reader]) -> ModelHook:
-        """What to call with the arguments and keyword arguments of each call of a layer."""
-        channels = channels_of(layer)
-        dim = -1 - len(layer.kernel_size) if isinstance(layer, _ConvNd) else -1
+    def listen(self, layer: LayerView, readers: Sequence[Reader]) -> RemovableHandle:
+        """Hears what a layer is given whenever it is called, for those who read it."""
+        channels, dim = layer.inputs, layer.channel_dim
 
         def hear(x: Tensor, is_lent: bool) -> None:
             """``is_lent``: of memory that compiled code writes to again."""
@@ -116,8 +115,7 @@ class Activations:
         number = torch.tensor(next(_numbers), device="cpu")
         _listeners[int(number)] = hear
 
-        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            x = args[0] if args else kwargs["input"]
+        def listener(x: Tensor) -> None:
             if is_compiling():
                 if not _is_exporting():
                     torch.ops.lightning_plasticity.hear(number, x.detach())
@@ -126,7 +124,7 @@ class Activations:
             else:
                 hear(x, False)
 
-        return ModelHook(hook)
+        return layer.hear(listener, ModelHook)
 
     def _sum_by_kernel(self, x: Tensor, dim: int, number: int) -> bool:
         """Adds what a reader is given to its sums, if there is a kernel for it."""

@@ -21,6 +21,7 @@ from lightning_plasticity.engine.forward import (
     is_redirected,
     run_eagerly,
 )
+from lightning_plasticity.layer_views import layers_of
 from lightning_plasticity.names import named_modules_as_written, original, submodule
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.examining import is_examining, undisturbed
@@ -131,7 +132,7 @@ class Examination:
 
     def _before_call(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._called is not None:
-            self._called.add(name)
+            self._called |= {name, *_called_with(module, name)}
             return
         if is_examining() or not module.training or in_backward() or is_redirected(module):
             return
@@ -150,7 +151,7 @@ class Examination:
 
     def examine(self, name: str, call: ForwardCall) -> None:
         """Asks the question of a call that is about to go on."""
-        self._called = {name}
+        self._called = {name, *_called_with(call.module, name)}
         try:
             found = self._question(call)
         except Exception as error:  # its parts are examined as the call goes on; an error of the user's comes again
@@ -246,6 +247,11 @@ class Examination:
 
 
 _shared: weakref.WeakValueDictionary[tuple[int, str, Question], Examination] = weakref.WeakValueDictionary()
+
+
+def _called_with(module: nn.Module, name: str) -> list[str]:
+    """The names of modules inside that a module uses without calling them, as torch's attention does."""
+    return [f"{name}.{part}".lstrip(".") for part, view in layers_of(module).items() if view.caller is not None]
 
 
 def is_inside(name: str, whole: str) -> bool:

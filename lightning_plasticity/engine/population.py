@@ -16,19 +16,10 @@ from lightning_plasticity import checks
 from lightning_plasticity.editing.initial import InitialDistribution
 from lightning_plasticity.engine.activations import Activations, sum_of_sizes, write_sum_of_sizes
 from lightning_plasticity.engine.base import PlasticityCallback
-from lightning_plasticity.engine.unit_sets import (
-    Reader,
-    Table,
-    UnitSet,
-    by_output,
-    channels_of,
-    check_units,
-    reader_shapes,
-    renamed,
-    view_of_layer,
-)
+from lightning_plasticity.engine.unit_sets import Reader, Table, UnitSet, check_units, reader_shapes, renamed
 from lightning_plasticity.kernels import Tensors
-from lightning_plasticity.names import named_modules_as_written, submodule
+from lightning_plasticity.layer_views import layers_of
+from lightning_plasticity.names import named_modules_as_written
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.find import Findings, HiddenUnits, explore
 
@@ -116,12 +107,16 @@ class Population:
         )
 
     def _layers(self) -> dict[str, nn.Module]:
-        """The modules with weights of their own that could make or use hidden units."""
-        return {
-            name: module
-            for name, module in named_modules_as_written(self._callback.scope, self._callback.module or "")
-            if any(p.ndim > 1 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Embedding)
-        }
+        """The modules of all layers, and of others with weights of their own that could make or use hidden units."""
+        found: dict[str, nn.Module] = {}
+        for name, module in named_modules_as_written(self._callback.scope, self._callback.module or ""):
+            views = layers_of(module)
+            for part, view in views.items():
+                found.setdefault(f"{name}.{part}".strip("."), view.layer)
+            has_weights = any(p.ndim > 1 for p in module.parameters(recurse=False))
+            if has_weights and not views and not isinstance(module, nn.Embedding):
+                found[name] = module
+        return found
 
     def _is_trained(self, module: nn.Module) -> bool:
         trained = [p for p in module.parameters(recurse=False) if p.requires_grad]
@@ -143,14 +138,15 @@ class Population:
             if any(fnmatchcase(units.name, pattern) for pattern in self._exclude):
                 self._refused[units.name] = "it is excluded"
                 continue
-            weights = check_units(model, units)
+            layers = check_units(model, units)
+            weights = tuple(layers[slots.module].weight for slots in (*units.producers, *units.consumers))
             self.device = weights[0].device
             self.dtype = torch.promote_types(weights[0].dtype, self.dtype)
             producers, norms, consumers = (
-                tuple(Table.of(slots, units.size, self.device) for slots in part)
+                tuple(Table.of(slots, units.size, self.device, layers.get(slots.module)) for slots in part)
                 for part in (units.producers, units.norms, units.consumers)
             )
-            readers = tuple(self._add_reader(submodule(model, table.module), table) for table in consumers)
+            readers = tuple(self._add_reader(table) for table in consumers)
             span = slice(self.size, self.size + units.size)
             self.size = span.stop
             self.sets.append(UnitSet(units, producers, norms, readers, span, weights))
@@ -163,7 +159,7 @@ class Population:
         self._outgoing = self.zeros(self.columns)
         self._outgoing_of = [self._outgoing[reader.columns] for reader in self._by_number]
         self._contribution, self._read_weights = self.zeros(self.size), None
-        if all(reader.in_order for reader in self._by_number):
+        if all(reader.in_order and not reader.view.part for reader in self._by_number):
             self._read_weights = Tensors([reader.weight for reader in self._by_number])
             self._shapes = reader_shapes(self.sets, self.device)
 
@@ -171,18 +167,16 @@ class Population:
         """An array for averages."""
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
-    def _add_reader(self, layer: nn.Module, table: Table) -> Reader:
+    def _add_reader(self, table: Table) -> Reader:
         columns = slice(self.columns, self.columns + table.entries.numel())
         self.columns = columns.stop
-        every = torch.arange(channels_of(layer), device=self.device)
+        every = torch.arange(table.layer.inputs, device=self.device)
         in_order = torch.equal(table.entries.flatten(), every)
-        assert isinstance(layer.weight, Tensor)
-        reader = Reader(table, columns, len(self._by_number), layer, layer.weight, in_order)
+        reader = Reader(table, columns, len(self._by_number), table.layer.weight, in_order)
         self._by_number.append(reader)
         if table.module not in self._readers:
             self._readers[table.module] = []
-            hook = self.activations.hook(layer, self._readers[table.module])
-            self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+            self._handles.append(self.activations.listen(table.layer, self._readers[table.module]))
             self._callback.keep(self._handles[-1])
         self._readers[table.module].append(reader)
         return reader
@@ -317,7 +311,7 @@ class Population:
             if reader.in_order:
                 _write_size_by_column(reader, sizes)
             else:
-                every = sizes.new_empty(channels_of(reader.layer))
+                every = sizes.new_empty(reader.view.inputs)
                 _write_size_by_column(reader, every)
                 sizes.copy_(reader.take(every))
         _, columns = self.places(sets)
@@ -331,7 +325,7 @@ class Population:
         for i in sets:
             unit_set = self.sets[i]
             main = unit_set.producers[0]
-            rows = by_output(submodule(self._callback.model, main.module))[main.entries[:, 0]]
+            rows = main.layer.by_output(unit_set.weights[0].detach())[main.entries[:, 0]]
             parts.append(rows.flatten(1).abs().mean(1, dtype=self.dtype))
         return torch.cat(parts)
 
@@ -342,8 +336,7 @@ class Population:
         if gradient is None:
             return None
         main = unit_set.producers[0]
-        view = view_of_layer(submodule(self._callback.model, main.module))
-        of_rows = view.by_output(gradient).flatten(1).abs().mean(1, dtype=self.dtype)
+        of_rows = main.layer.by_output(gradient).flatten(1).abs().mean(1, dtype=self.dtype)
         return of_rows[main.entries].mean(1)
 
     def replace(
@@ -363,7 +356,7 @@ class Population:
         for unit_set, units in parts:
             for table in unit_set.producers:
                 rows = table.of_units(units)
-                editor.redraw_rows(table.module, rows, initial.draw(f"{table.module}.weight", generator, rows))
+                editor.redraw_rows(table.module, rows, initial.draw(table.weight, generator, rows, table.layer))
             for table in unit_set.norms:
                 editor.reset_norm(table.module, table.of_units(units))
         for unit_set, units in parts:
@@ -394,10 +387,11 @@ def average_in(average: Tensor, places: Index, values: Tensor, weight: float) ->
 
 def _write_size_by_column(reader: Reader, out: Tensor) -> None:
     """Writes, for each input of a layer, the sum of the sizes of the weights that it is multiplied by."""
-    weight = reader.view.by_output(reader.weight)
+    weight = reader.view.matrix(reader.weight)
+    dims = weight.ndim
     if reader.groups > 1:
         weight, out = torch.unflatten(weight, 0, (reader.groups, -1)), out.view(reader.groups, -1)
-    first = weight.ndim - reader.weight.ndim  # 1 with a dimension for groups
+    first = weight.ndim - dims  # 1 with a dimension for groups
     if not weight.is_cpu or weight.ndim == 2:
         write_sum_of_sizes(weight, [d for d in range(weight.ndim) if d not in (first - 1, first + 1)], out)
     else:  # over outputs first, with the kernel in one row with the inputs: over both at once takes twice the time

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
-from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.editing.editable import check_editable
-from lightning_plasticity.layer_views import LayerView, view_of
+from lightning_plasticity.editing.editable import check_editable, check_layer
+from lightning_plasticity.layer_views import LayerView, layer_at
 from lightning_plasticity.names import submodule
 from lightning_plasticity.units.find import HiddenUnits, Slots
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Table:
-    """The entries of one module that belong to a set of units: row ``i`` holds those of unit ``i``."""
+    """The entries of one layer or norm that belong to a set of units: row ``i`` holds those of unit ``i``."""
 
     module: str
     entries: Tensor
+    view: LayerView | None  # of the layer; None for a norm
 
     @staticmethod
-    def of(slots: Slots, size: int, device: torch.device) -> Table:
+    def of(slots: Slots, size: int, device: torch.device, view: LayerView | None) -> Table:
         """Sorts the entries by unit; every unit must have the same number of them."""
         order = slots.unit.argsort(stable=True)
         expected = torch.arange(size).repeat_interleave(max(len(order) // size, 1))
@@ -34,7 +37,18 @@ class Table:
                 f"Every unit of a set must have the same number of entries in {slots.module!r}, at least one, but "
                 "these have not. Give units that are wired differently as separate HiddenUnits."
             )
-        return Table(slots.module, slots.entry[order].view(size, -1).to(device))
+        return Table(slots.module, slots.entry[order].view(size, -1).to(device), view)
+
+    @property
+    def layer(self) -> LayerView:
+        """The layer, where this is one."""
+        assert self.view is not None
+        return self.view
+
+    @property
+    def weight(self) -> str:
+        """The qualified name of the layer's weight."""
+        return self.layer.weight_path(self.module)
 
     def of_units(self, units: Tensor) -> Tensor:
         """The entries of some units, unit by unit."""
@@ -48,14 +62,13 @@ class Reader:
     table: Table
     columns: slice
     number: int
-    layer: nn.Module
     weight: Tensor
     in_order: bool  # its entries are all inputs of the layer, in their order
 
-    @cached_property
+    @property
     def view(self) -> LayerView:
-        """Which of the weight's dimensions are outputs and inputs."""
-        return view_of_layer(self.layer)
+        """The layer."""
+        return self.table.layer
 
     @property
     def groups(self) -> int:
@@ -65,7 +78,7 @@ class Reader:
     @property
     def weights_per_column(self) -> int:
         """By how many weights a column is multiplied."""
-        return self.weight.numel() // channels_of(self.layer)
+        return self.view.matrix(self.weight).numel() // self.view.inputs
 
     def take(self, channels: Tensor) -> Tensor:
         """From one value for each input of the layer: those of the entries."""
@@ -82,6 +95,13 @@ class UnitSet:
     readers: tuple[Reader, ...]
     span: slice
     weights: tuple[Tensor, ...]  # of producers and readers: what an edit writes to
+
+    @property
+    def added_up(self) -> list[Table]:
+        """The rows of the main producer, and those of recurrent weights whose products are added to theirs."""
+        main = self.producers[0].layer
+        added = [t for t in self.producers[1:] if t.layer.layer is main.layer and t.layer.adds_to == main.part != ""]
+        return [self.producers[0], *added]
 
     @property
     def columns(self) -> slice:
@@ -117,32 +137,9 @@ def reader_shapes(sets: Sequence[UnitSet], device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
-def channels_of(layer: nn.Module) -> int:
-    """How many input channels a linear or convolution layer has."""
-    return view_of_layer(layer).inputs
-
-
-def outputs_of(layer: nn.Module) -> int:
-    """How many output channels a linear or convolution layer has."""
-    return view_of_layer(layer).outputs
-
-
-def by_output(layer: nn.Module) -> Tensor:
-    """A layer's weight with the outputs first, then the inputs (of a group)."""
-    view = view_of_layer(layer)
-    return view.by_output(view.weight.detach())
-
-
-def view_of_layer(layer: nn.Module) -> LayerView:
-    """How a linear or convolution layer holds its weight."""
-    view = view_of(layer)
-    assert view is not None
-    return view
-
-
 def weights_of_producers(sets: Iterable[UnitSet]) -> list[str]:
     """The names of the weights that make the units of some sets, each once."""
-    return list(dict.fromkeys(f"{table.module}.weight" for unit_set in sets for table in unit_set.producers))
+    return list(dict.fromkeys(table.weight for unit_set in sets for table in unit_set.producers))
 
 
 def renamed(units: HiddenUnits, prefix: str) -> HiddenUnits:
@@ -162,35 +159,39 @@ def renamed(units: HiddenUnits, prefix: str) -> HiddenUnits:
     )
 
 
-def check_units(model: nn.Module, units: HiddenUnits) -> tuple[Tensor, ...]:
-    """Raises where units contradict the model; returns the weights of their producers and consumers."""
+def check_units(model: nn.Module, units: HiddenUnits) -> dict[str, LayerView]:
+    """Raises where units contradict the model; returns the layers that make and use them, by name."""
     if not units.producers or not units.consumers:
         raise ValueError(f"Hidden units need a producer and a consumer, but {units.name!r} lacks one of them.")
-    weights = []
+    layers = {}
     for slots in (*units.producers, *units.consumers):
-        layer = _layer(model, units, slots)
-        check_editable(layer, slots.module)
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
+        layer = _look_up(model, units, slots, layer_at)
+        if layer is None:  # which is an error
+            check_editable(_look_up(model, units, slots, submodule), slots.module)
+            raise ValueError(
+                f"The units {units.name!r} name {slots.module!r}, which is no linear or convolution layer. Take units "
+                "from find_units() on this model."
+            )
+        check_layer(layer, slots.module)
         is_producer = any(slots is producer for producer in units.producers)
-        limit = outputs_of(layer) if is_producer else channels_of(layer)
+        limit = layer.outputs if is_producer else layer.inputs
         what = "outputs" if is_producer else "inputs"
         if len(slots.entry) == 0 or not 0 <= int(slots.entry.min()) <= int(slots.entry.max()) < limit:
             raise ValueError(
                 f"The units {units.name!r} name {what} of {slots.module!r} that it does not have: it has {limit}. "
                 "Take units from find_units() on this model."
             )
-        weights.append(weight)
+        layers[slots.module] = layer
     for slots in units.norms:
-        check_editable(_layer(model, units, slots), slots.module)
-    if len({weight.device for weight in weights}) > 1:
+        check_editable(_look_up(model, units, slots, submodule), slots.module)
+    if len({layer.weight.device for layer in layers.values()}) > 1:
         raise ValueError(f"All weights of the units {units.name!r} must be on one device.")
-    return tuple(weights)
+    return layers
 
 
-def _layer(model: nn.Module, units: HiddenUnits, slots: Slots) -> nn.Module:
+def _look_up(model: nn.Module, units: HiddenUnits, slots: Slots, find: Callable[[nn.Module, str], T]) -> T:
     try:
-        return submodule(model, slots.module)
+        return find(model, slots.module)
     except AttributeError as error:
         raise ValueError(
             f"The units {units.name!r} name a module {slots.module!r} that {type(model).__name__} does not have. Names "

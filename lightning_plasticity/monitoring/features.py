@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from lightning_plasticity.engine.examination import Part, is_inside
 from lightning_plasticity.engine.forward import ModelHook, allow_compiled_code, run_eagerly
-from lightning_plasticity.names import named_modules_as_written, submodule
+from lightning_plasticity.layer_views import layer_at
+from lightning_plasticity.names import named_modules_as_written
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.find import Findings, HiddenUnits
 
@@ -125,18 +125,16 @@ class FeatureReader:
             )
 
     def _read_units(self, name: str, units: HiddenUnits) -> None:
-        consumer = submodule(self._model, units.consumers[0].module)
-        weight = consumer.weight
-        assert isinstance(weight, Tensor)
         slots = units.consumers[0]
-        entries = slots.entry[slots.unit.argsort(stable=True)].view(units.size, -1).to(weight.device)
-        dim = -1 - len(consumer.kernel_size) if isinstance(consumer, _ConvNd) else -1
+        layer = layer_at(self._model, slots.module)
+        assert layer is not None
+        entries = slots.entry[slots.unit.argsort(stable=True)].view(units.size, -1).to(layer.weight.device)
 
-        def read(_: nn.Module, args: Any, kwargs: Any) -> None:
+        def read(x: Tensor) -> None:
             if self._hears():
-                self._receive(name, by_unit((args[0] if args else kwargs["input"]).detach(), entries, dim))
+                self._receive(name, by_unit(x.detach(), entries, layer.channel_dim))
 
-        self._add(partial(consumer.register_forward_pre_hook, ModelHook(read), with_kwargs=True))
+        self._add(partial(layer.hear, read, ModelHook))
 
     def _read_output(self, name: str, module: nn.Module) -> None:
         def read(_: nn.Module, args: Any, output: Any) -> None:

@@ -26,6 +26,14 @@ class Layer:
     unmarked: str | None = None  # why its units are never NaN, though its columns are read
     first: int = 0  # number of its first output channel
     passes: bool = False  # a depthwise convolution whose channels belong to the units that feed it
+    calls: int = 0  # in one forward pass
+    inside: str | None = None  # the module whose call it is part of, where that holds several layers
+    joins: Layer | None = None  # the layer whose units its outputs belong to, where a module adds the two up
+
+    @property
+    def call(self) -> str:
+        """The module that is called with its input, by name."""
+        return self.name if self.inside is None else self.inside
 
     @property
     def module(self) -> nn.Module:
@@ -60,7 +68,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Site:
-    """A place where channels are read: ``role`` is column, depthwise, norm, activation, gate or value."""
+    """A place where channels are read: ``role`` is column, depthwise, norm, activation, gate, value or state."""
 
     role: str
     name: str

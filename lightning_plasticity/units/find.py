@@ -14,58 +14,29 @@ from lightning_plasticity.shards import is_flattened
 from lightning_plasticity.units.examining import undisturbed
 from lightning_plasticity.units.network import Network
 from lightning_plasticity.units.probing import GLANCES
+from lightning_plasticity.units.sets import HiddenUnits as HiddenUnits
+from lightning_plasticity.units.sets import Slots as Slots
+from lightning_plasticity.units.shares import entries_by_name, size_of
 from lightning_plasticity.units.together import as_if_alone, example_of_all
 from lightning_plasticity.units.wiring import Group, Wiring
 
-
-@dataclass(frozen=True, eq=False)
-class Slots:
-    """Entries of one module that belong to units: ``entry[k]`` belongs to ``unit[k]``.
-
-    An entry is an output row of a producer, an entry of a normalisation layer, or an input channel of a consumer. Every
-    unit of a set has the same number of entries in a ``Slots``.
-    """
-
-    module: str
-    entry: Tensor
-    unit: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class HiddenUnits:
-    """A set of hidden units that are wired alike.
-
-    If the consumers' columns of a unit are zero, its producers' rows may hold anything: the network's output stays the
-    same.
-
-    Attributes:
-        name: the producing module's qualified name (with ``:0``, ``:1``, … where its units fall into several sets).
-        size: the number of units.
-        producers: output rows (or channels) whose weights and bias make the unit; the first is the main one. A layer
-            that gates the unit and a depthwise convolution that it passes are further producers.
-        norms: entries of normalisation layers that the unit passes.
-        consumers: input columns (or channels) of the layers that use the unit.
-        activation: the activation function on the way (``"relu"``, ``"gelu"``, …), None if none was seen.
-        exact: False where a norm that mixes units (LayerNorm, GroupNorm) stands on the way: then a unit also reaches
-            the output by changing the others' scale.
-    """
-
-    name: str
-    size: int
-    producers: tuple[Slots, ...]
-    norms: tuple[Slots, ...]
-    consumers: tuple[Slots, ...]
-    activation: str | None
-    exact: bool
+_STREAM = "(a residual stream)"
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What a network was found to consist of: its sets of units, and for each layer left out the reason."""
+    """What a network was found to consist of: its sets of units, and for each layer left out the reason.
+
+    ``parameters`` is how many entries all of its parameters have, ``of_units`` how many of them belong to units, and
+    ``of_stream`` how many do not but are in layers whose units are added up in a residual stream.
+    """
 
     units: list[HiddenUnits]
     left_out: dict[str, str]
     runs: int
+    parameters: int = 0
+    of_units: int = 0
+    of_stream: int = 0
 
 
 def find_units(model: nn.Module, *inputs: Any, explain: bool = False, **named_inputs: Any) -> list[HiddenUnits]:
@@ -115,7 +86,17 @@ def explore(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *,
             left_out[name] = (
                 f"its type is {kind}, which is not known as a linear or convolution layer (it uses {function})"
             )
-    return Findings(units, left_out, network.runs)
+    layers = {layer.name: layer.view for layer in network.layers}
+    own = entries_by_name(model, layers, units)
+    on_stream = [name for name, reason in left_out.items() if reason.endswith(_STREAM)]
+    return Findings(
+        units,
+        left_out,
+        network.runs,
+        parameters=sum(p.numel() for p in model.parameters()),
+        of_units=sum(own.values()),
+        of_stream=sum(size_of(layers[name]) - own.get(name, 0) for name in on_stream),
+    )
 
 
 def _refuse_unprobeable(model: nn.Module) -> None:
@@ -147,9 +128,12 @@ def _explain(wiring: Wiring) -> None:
         numbers = layer.numbers
         if bool(proven[numbers].any()) or layer.unmarked is not None:
             continue
+        if layer.joins is not None:
+            layer.reason = layer.joins.reason
+            continue
         # every second unit: where all inputs of a layer then arrive as NaN, the units were mixed before
         chosen = torch.zeros(wiring.count, dtype=torch.bool)
-        chosen[numbers[:: 2 if layer.size > 1 else 1]] = True
+        chosen[wiring.root[numbers[:: 2 if layer.size > 1 else 1]]] = True
         proof = wiring.escape(chosen[wiring.root])
         if proof.escape is None:
             layer.reason = "no layer uses its units one by one"
@@ -157,10 +141,12 @@ def _explain(wiring: Wiring) -> None:
             layer.reason = f"its units are used by {proof.at.name!r}, which is left out: {proof.at.reason}"
         elif proof.at is not None and proof.mixed:
             layer.reason = f"its units are mixed before {proof.at.name!r} uses them"
-        elif proof.at is not None:
+        elif proof.at is not None and proof.at.calls > 1:
             layer.reason = (
-                f"its units are added to those of other layers before {proof.at.name!r} uses them (a residual stream)"
+                f"its units meet those of other layers where {proof.at.name!r} uses them in {proof.at.calls} calls"
             )
+        elif proof.at is not None:
+            layer.reason = f"its units are added to those of other layers before {proof.at.name!r} uses them {_STREAM}"
         else:
             layer.reason = f"its units reach {proof.escape}"
 
@@ -199,7 +185,7 @@ def _hidden_units(wiring: Wiring, group: Group, name: str) -> HiddenUnits:
         producers=tuple(producers),
         norms=tuple(sites("norm")),
         consumers=tuple(sites("column")),
-        activation=_activation(wiring, place),
+        activation=_activation(wiring, place) or group.layer.view.activation,
         exact=group.exact,
     )
 
@@ -238,4 +224,19 @@ def table(found: Findings) -> str:
         lines += ["", "left out:"]
         widest = max(map(len, found.left_out))
         lines += [f"  {name.ljust(widest)}  {reason}" for name, reason in found.left_out.items()]
+    if found.parameters:
+        lines += [
+            "",
+            f"{found.of_units:,} of {found.parameters:,} parameters belong to units{_of(found.of_units, found)}.",
+        ]
+    on_stream = sum(reason.endswith(_STREAM) for reason in found.left_out.values())
+    if on_stream:
+        lines.append(
+            f"{on_stream} layers are left out because of a residual stream; {found.of_stream:,} of their parameters "
+            f"belong to no units{_of(found.of_stream, found)}."
+        )
     return "\n".join(lines)
+
+
+def _of(count: int, found: Findings) -> str:
+    return f" ({100 * count / found.parameters:.0f} %)"

@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from lightning_plasticity.layer_views import view_of
-from lightning_plasticity.names import named_modules_as_written
+from lightning_plasticity.layer_views import named_layers
+from lightning_plasticity.names import named_modules_as_written, submodule
 from lightning_plasticity.units.channels import TORCH_NORMS, Layer, is_norm
+from lightning_plasticity.units.combined import Combined
 from lightning_plasticity.units.examining import random_states
 from lightning_plasticity.units.stand_ins import StandIns
 
@@ -26,11 +27,11 @@ class Network:
     def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs
         modules = dict(named_modules_as_written(model))
-        views = {name: view_of(module) for name, module in modules.items()}
-        self.layers = [Layer(name, view) for name, view in views.items() if view is not None]
+        self.layers = [Layer(name, view) for name, view in named_layers(model).items()]
+        self.combined = self._combine()
         self.norms = {name: m for name, m in modules.items() if is_norm(m)}
-        self.opaque = {name: m for name, m in modules.items() if isinstance(m, _OPAQUE)}
         known = {layer.module for layer in self.layers} | {*self.norms.values()}
+        self.opaque = {name: m for name, m in modules.items() if isinstance(m, _OPAQUE) and m not in known}
         self.foreign = {  # modules that may be layers of kinds that are not known
             name: m for name, m in modules.items() if not (m in known or isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
         }
@@ -46,13 +47,22 @@ class Network:
     def __str__(self) -> str:
         return type(self.model).__name__
 
+    def _combine(self) -> list[Combined]:
+        """The modules that hold several layers."""
+        parts: dict[str, dict[str, Layer]] = defaultdict(dict)
+        for layer in self.layers:
+            if layer.view.given is not None:
+                name, _, part = layer.name.rpartition(".")
+                parts[name][part] = layer
+        return [Combined(name, submodule(self.model, name), layers) for name, layers in parts.items()]
+
     def _mark_unusable_weights(self) -> None:
         owners: dict[int, list[str]] = defaultdict(list)
         for name, module in named_modules_as_written(self.model):
             for key, parameter in module.named_parameters(recurse=False):
                 owners[id(parameter)].append(f"{name}.{key}".lstrip("."))
         for layer in self.layers:
-            weight = layer.module._parameters.get("weight")
+            weight = layer.module._parameters.get(layer.view.weight_name)
             if weight is None:
                 layer.reason = "its weight is computed (parametrized or weight-normalised), not a parameter"
             elif isinstance(layer.module, _ConvTransposeNd) and layer.module.groups > 1:
@@ -60,8 +70,12 @@ class Network:
             elif not weight.is_floating_point():
                 layer.reason = f"its weight has the type {weight.dtype}, not a floating-point one"
             elif len(owners[id(weight)]) > 1:
-                others = ", ".join(o for o in owners[id(weight)] if o != f"{layer.name}.weight".lstrip("."))
+                others = ", ".join(o for o in owners[id(weight)] if o != layer.view.weight_path(layer.name))
                 layer.reason = f"it shares its weight with {others}"
+        for combined in self.combined:  # what one of its layers does cannot be told without the others
+            reasons = [layer.reason for layer in combined.layers.values() if layer.reason is not None]
+            for layer in combined.layers.values() if reasons else ():
+                layer.reason = layer.reason or f"it is in one call with a layer that is left out: {reasons[0]}"
 
     def set_modes(self) -> None:
         """Evaluation mode; on the training path containers train while norms, dropouts and other leaves evaluate."""

@@ -28,6 +28,7 @@ from lightning_plasticity.units.channels import (
     norm_dims,
     tensors_in,
 )
+from lightning_plasticity.units.combined import Combined
 from lightning_plasticity.units.examining import quietly
 from lightning_plasticity.units.nans import (
     NaNs,
@@ -58,6 +59,7 @@ MATRIX_CALLS = LAYER_CALLS | frozenset(
     )
 )
 _ATTENTION = "scaled_dot_product_attention"
+_SCORES = "the scores of attention, which mix them"
 _SOFTMAXES = frozenset(["softmax", "log_softmax", "softmin"])
 _SCALAR_READS = frozenset(["item", "tolist", "__bool__", "__float__", "__int__", "__index__"])
 _LOOKS_FOR_NAN = frozenset(["isfinite", "isnan", "isinf", "isposinf", "isneginf"])
@@ -115,7 +117,7 @@ class Watch(TorchFunctionMode):
         self.network = network
         self._paused = False  # inside our own hooks
         self._events = 0
-        self._active: list[Layer] = []
+        self._active: list[Layer | Combined] = []
         self._carried: list[Tensor] = []  # which input channels of a passed layer are NaN
         self._arrived: Tensor | None = None  # what the layer that is running was given
         self._inside_norms: list[tuple[Tensor | None, NaNs | None]] = []  # inputs of norms that are running, their NaN
@@ -128,8 +130,13 @@ class Watch(TorchFunctionMode):
         network.put_random_states_back()
         handles = []
         for layer in network.layers:
-            handles.append(layer.module.register_forward_pre_hook(self.before_layer(layer), with_kwargs=True))
-            handles.append(layer.module.register_forward_hook(self.after_layer(layer)))
+            if layer.inside is None:
+                handles.append(layer.module.register_forward_pre_hook(self.before_layer(layer), with_kwargs=True))
+                handles.append(layer.module.register_forward_hook(self.after_layer(layer)))
+        for combined in network.combined:
+            before, after = self.before_combined(combined), self.after_combined(combined)
+            handles.append(combined.module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(combined.module.register_forward_hook(after))
         for name, opaque in network.opaque.items():
             handles.append(opaque.register_forward_pre_hook(self.before_opaque(name), with_kwargs=True))
         for name, norm in network.norms.items():
@@ -158,6 +165,10 @@ class Watch(TorchFunctionMode):
 
     def arrives(self, layer: Layer, x: Tensor) -> Tensor:
         """The input of a layer."""
+        return x
+
+    def carries(self, layer: Layer, x: Tensor) -> Tensor:
+        """The state that a recurrent layer's units go on from: their own, from an earlier call, or other units'."""
         return x
 
     def passes_norm(self, name: str, x: Tensor, dim: int | None) -> None:
@@ -225,10 +236,10 @@ class Watch(TorchFunctionMode):
             self._active.append(layer)
             with self._pause():
                 if args:
-                    self._arrived = self._arrive(layer, args[0])
+                    self._arrived = self.arrive(layer, args[0])
                     return (self._arrived, *args[1:]), kwargs
                 key, x = next(iter(kwargs.items()))
-                self._arrived = self._arrive(layer, x)
+                self._arrived = self.arrive(layer, x)
                 return args, {**kwargs, key: self._arrived}
 
         return hook
@@ -240,11 +251,37 @@ class Watch(TorchFunctionMode):
             self._active.pop()
             self._arrived = None
             with self._pause():
-                return self._leave(layer, output) if isinstance(output, Tensor) else output
+                return self.leave(layer, output) if isinstance(output, Tensor) else output
 
         return hook
 
-    def _arrive(self, layer: Layer, x: Tensor) -> Tensor:
+    def before_combined(self, combined: Combined) -> Callable[..., Any]:
+        """The hook on the arguments of a module that holds several layers."""
+
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            self._active.append(combined)
+            with self._pause():
+                return combined.enter(self, args, kwargs)
+
+        return hook
+
+    def after_combined(self, combined: Combined) -> Callable[..., Any]:
+        """The hook on the output of a module that holds several layers."""
+
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
+            self._active.pop()
+            with self._pause():
+                return combined.leave(self, output)
+
+        return hook
+
+    def score(self, x: Tensor) -> None:
+        """Scores of attention are made of ``x``, inside a module that holds several layers."""
+        self._events += 1
+        self.mixes(self._events, _SCORES, x, None)
+
+    def arrive(self, layer: Layer, x: Tensor) -> Tensor:
+        """A layer is given its input."""
         if not layer.passes:
             return self.arrives(layer, x)
         nans = nan_channels(x, layer.channel_dim)
@@ -252,7 +289,8 @@ class Watch(TorchFunctionMode):
         self.passes_depthwise(layer, nans)
         return clean(x)
 
-    def _leave(self, layer: Layer, output: Tensor) -> Tensor:
+    def leave(self, layer: Layer, output: Tensor) -> Tensor:
+        """A layer gives its output."""
         if not layer.passes:
             return self.leaves(layer, output)
         nans = self._carried.pop().repeat_interleave(layer.size // layer.columns)
@@ -352,7 +390,8 @@ class Watch(TorchFunctionMode):
         """Calls a function, or takes what stands in for it."""
         if not (self.surveys or self.stands_in) or not (name in MATRIX_CALLS or name == _ATTENTION):
             return func(*args, **kwargs)
-        call = signature(self._active[-1].name if self._active else "", name, args, kwargs)
+        running = self._active[-1] if self._active else None
+        call = signature(running.name if isinstance(running, Layer) else "", name, args, kwargs)
         with self._pause():
             result = self.stand_in(call, name, args, kwargs) if self.stands_in else None
         if result is None:
@@ -386,9 +425,8 @@ class Watch(TorchFunctionMode):
         elif name == _ATTENTION:
             args = (*args, *(kwargs.pop(key) for key in ("query", "key", "value")[len(args) :]))
             self._events += 2
-            scores = "the scores of attention, which mix them"
-            query = self.mixes(self._events - 1, scores, args[0], None)
-            return (query, self.mixes(self._events, scores, args[1], None), *args[2:])
+            query = self.mixes(self._events - 1, _SCORES, args[0], None)
+            return (query, self.mixes(self._events, _SCORES, args[1], None), *args[2:])
         elif kind == "glu":
             dim = args[1] if len(args) > 1 else kwargs.get("dim", -1)
             value, gate = args[0].chunk(2, dim)

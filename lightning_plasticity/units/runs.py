@@ -54,6 +54,10 @@ class FindGates(_Marked):
         return clean(x)
 
     @override
+    def carries(self, layer: Layer, x: Tensor) -> Tensor:
+        return clean(x)
+
+    @override
     def activates(self, event: int, kind: str, x: Tensor) -> None:
         dim = _varying_dim(x)
         if dim is not None:
@@ -105,6 +109,11 @@ class ReadCodes(_Marked):
     @override
     def arrives(self, layer: Layer, x: Tensor) -> Tensor:
         self._record(Site("column", layer.name), nan_channels(x, layer.channel_dim))
+        return clean(x)
+
+    @override
+    def carries(self, layer: Layer, x: Tensor) -> Tensor:
+        self._record(Site("state", layer.name), nan_channels(x, layer.channel_dim))
         return clean(x)
 
     @override
@@ -178,6 +187,12 @@ class Proof(_Marked):
         return clean(x)
 
     @override
+    def carries(self, layer: Layer, x: Tensor) -> Tensor:
+        if bool((nan_channels(x, layer.channel_dim).cpu() & ~self._own(Site("state", layer.name))).any()):
+            self._escaped(f"the state of {layer.name!r}")
+        return clean(x)
+
+    @override
     def multiplies(self, event: int, value: Tensor, gate: Tensor) -> Tensor:
         if event not in self.gates:
             return gate
@@ -244,16 +259,23 @@ class Noise(Watch):
         return None if self.in_doubt(args, kwargs) else self.network.stand_ins.give(call)
 
     @override
-    def _arrive(self, layer: Layer, x: Tensor) -> Tensor:
+    def arrive(self, layer: Layer, x: Tensor) -> Tensor:
+        return self._without_own("depthwise" if layer.passes else "column", layer, x)
+
+    @override
+    def carries(self, layer: Layer, x: Tensor) -> Tensor:
+        return self._without_own("state", layer, x)
+
+    def _without_own(self, role: str, layer: Layer, x: Tensor) -> Tensor:
         if layer.reason is None:
-            units = self.units[Site("depthwise" if layer.passes else "column", layer.name)]
+            units = self.units[Site(role, layer.name)]
             own = ((units >= 0) & self.members[units.clamp(min=0)]).nonzero().squeeze(1)
             x = x.index_fill(layer.channel_dim, own.to(x.device), 0.0)
         self.seen.append(_digest(x))
         return x
 
     @override
-    def _leave(self, layer: Layer, output: Tensor) -> Tensor:
+    def leave(self, layer: Layer, output: Tensor) -> Tensor:
         members = self.members[layer.first : layer.first + layer.size]
         if layer.reason is not None or not bool(members.any()):
             return output

@@ -55,7 +55,7 @@ class Survey(Watch):
         self.calls: Counter[str] = Counter()
         self.order: list[Layer] = []
         self.direct: set[str] = set()  # layers that hand their own parameter to torch's linear or convolution
-        self.elsewhere: dict[Layer, str] = {}  # the function outside a layer that used its parameters
+        self.elsewhere: dict[str, str] = {}  # the function outside a layer, or a call, that used its parameters
         self.foreign: dict[str, str] = {}  # modules that are no such layers -> the function that used their weight
         self._owner = _by_memory((p, layer) for layer in network.layers for p in layer.module.parameters(recurse=False))
         self._foreign = _by_memory((p, name) for name, m in network.foreign.items() for p in weights_of(m))
@@ -77,9 +77,9 @@ class Survey(Watch):
             owner = self._owner.get(memory(argument))
             if owner is None:
                 continue
-            if not self._active or self._active[-1] is not owner:
-                self.elsewhere[owner] = name
-            elif name in LAYER_CALLS and arguments[1] is owner.module.weight:
+            if not self._active or self._active[-1].name != owner.call:
+                self.elsewhere[owner.call] = name
+            elif owner.inside is None and name in LAYER_CALLS and arguments[1] is owner.module.weight:
                 self.direct.add(owner.name)
 
     def _changes_weight(self, name: str, foreign: str) -> bool:
@@ -93,19 +93,17 @@ class Survey(Watch):
     def mark(self) -> None:
         """Writes the reasons why layers cannot be used into them."""
         for layer in self.network.layers:
-            calls = self.calls[layer.name]
-            used_in = self.elsewhere.get(layer)
+            layer.calls = calls = self.calls[layer.name]
+            used_in = self.elsewhere.get(layer.call)
             if layer.reason is not None:
                 continue
             if calls == 0 and used_in is not None:
                 layer.reason = f"it is not called: its parameters are used outside of it (by {used_in})"
             elif calls == 0:
                 layer.reason = "it is not called in a forward pass"
-            elif calls > 1:
-                layer.reason = f"it is called {calls} times in one forward pass"
             elif used_in is not None:
                 layer.reason = f"its parameters are also used outside of it (by {used_in})"
-            elif isinstance(layer.module, TORCH_LAYERS) and layer.name not in self.direct:
+            elif isinstance(layer.module, TORCH_LAYERS) and layer.inside is None and layer.name not in self.direct:
                 layer.reason = f"its weight is changed before it is used ({type(layer.module).__name__})"
 
 
@@ -121,6 +119,14 @@ class Decisions(Watch):
 
     @override
     def arrives(self, layer: Layer, x: Tensor) -> Tensor:
+        return clean(x)
+
+    @override
+    def leaves(self, layer: Layer, output: Tensor) -> Tensor:
+        return output if layer.inside is None else torch.full_like(output, torch.nan)
+
+    @override
+    def carries(self, layer: Layer, x: Tensor) -> Tensor:
         return clean(x)
 
     @override

@@ -187,10 +187,11 @@ class Wiring:
         self._join()
 
     def _join(self) -> None:
-        """Gives each unit that belongs to another its root: the channels of passed depthwise convolutions, and gates.
+        """Gives each unit that belongs to another its root.
 
-        A gate that would belong to two units, or that meets nobody's value, belongs to none: the proof then sees it
-        escape.
+        These are the channels of passed depthwise convolutions, units that go on from the state of others, and gates. A
+        gate that would belong to two units, or that meets nobody's value, belongs to none: the proof then sees it
+        escape. So does a state.
         """
         root = list(range(self.count))
         self.is_gate = torch.zeros(self.count, dtype=torch.bool)
@@ -207,6 +208,16 @@ class Wiring:
                 )
                 for unit, feeds in zip(layer.numbers.tolist(), feeding, strict=True):
                     root[unit] = feeds if feeds >= 0 else unit
+            elif layer.joins is not None:
+                root[layer.first : layer.first + layer.size] = layer.joins.numbers.tolist()
+        for layer in self.layers:
+            states = self.units.get(Site("state", layer.name), torch.zeros(0))
+            for channel, (unit, state) in enumerate(zip(layer.numbers.tolist(), states.tolist(), strict=False)):
+                if state >= 0 and find(state) != find(unit):
+                    if root[unit] == unit:
+                        root[unit] = find(state)
+                    else:
+                        states[channel] = -1
         for event in sorted(event for event, gate in self.found.gates.items() if gate.dim is not None):
             gates, values = self.units[Site("gate", str(event))], self.units[Site("value", str(event))]
             for channel, (gate, value) in enumerate(zip(gates.tolist(), values.tolist(), strict=True)):

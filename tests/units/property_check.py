@@ -6,15 +6,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.layer_views import view_of
+from lightning_plasticity.layer_views import LayerView, named_layers
 from lightning_plasticity.units.channels import is_norm, tensors_in
 from lightning_plasticity.units.find import HiddenUnits
 
 
-def columns(module: nn.Module, channels: Tensor):
+def columns(view: LayerView, channels: Tensor):
     """The weights that read each of the given input channels of a linear or (grouped) convolution layer."""
-    weight = view_of(module).by_output(module.weight)
-    groups = getattr(module, "groups", 1)
+    weight, groups = view.matrix(view.weight), view.groups
     outs, ins = weight.shape[0] // groups, weight.shape[1]
     for channel in channels.tolist():
         group, within = divmod(channel, ins)
@@ -60,18 +59,18 @@ def output_change(model: nn.Module, inputs, sets: list[HiddenUnits], repeats: in
     For a random half of the units of each set, the rest of the set as it is; then for the other half; several times.
     """
     generator = torch.Generator().manual_seed(1)
-    modules = dict(model.named_modules())
-    touched = {s.module: modules[s.module] for units in sets for s in (*units.producers, *units.consumers)}
+    layers = named_layers(model)
+    touched = {layers[s.module].layer for units in sets for s in (*units.producers, *units.consumers)}
     changes = [torch.zeros(())]
     halves = [[torch.rand(units.size, generator=generator) < 0.5 for units in sets] for _ in range(repeats)]
     for half in (h for chosen in halves for h in (chosen, [~c for c in chosen])):
-        with weights_restored(touched.values()):
-            zero_columns(modules, sets, half)
+        with weights_restored(touched):
+            zero_columns(layers, sets, half)
             before = run(model, inputs)
             for units, chosen in zip(sets, half, strict=True):
                 for slots in units.producers:
-                    write_noise(modules[slots.module], slots.entry[chosen[slots.unit]], generator)
-            zero_columns(modules, sets, half)  # where a producer of one set consumes another, the zeros stay
+                    write_noise(layers[slots.module], slots.entry[chosen[slots.unit]], generator)
+            zero_columns(layers, sets, half)  # where a producer of one set consumes another, the zeros stay
             after = run(model, inputs)
         assert before, "the model has no floating-point output"
         changes += [
@@ -80,19 +79,18 @@ def output_change(model: nn.Module, inputs, sets: list[HiddenUnits], repeats: in
     return float(max(changes))
 
 
-def zero_columns(modules, sets: list[HiddenUnits], half: list[Tensor]) -> None:
+def zero_columns(layers, sets: list[HiddenUnits], half: list[Tensor]) -> None:
     for units, chosen in zip(sets, half, strict=True):
         for slots in units.consumers:
-            for column in columns(modules[slots.module], slots.entry[chosen[slots.unit]]):
+            for column in columns(layers[slots.module], slots.entry[chosen[slots.unit]]):
                 column.zero_()
 
 
-def write_noise(module: nn.Module, rows: Tensor, generator: torch.Generator) -> None:
-    for parameter in module.parameters(recurse=False):
-        if parameter is module.weight:
-            parameter = view_of(module).by_output(parameter)
-        scale = parameter[rows].abs().mean().nan_to_num(1.0) + 1e-3
-        parameter[rows] += scale * torch.randn(parameter[rows].shape, generator=generator).to(parameter)
+def write_noise(view: LayerView, rows: Tensor, generator: torch.Generator) -> None:
+    own = [view.by_output(view.weight)] + ([] if view.bias is None else [view.bias_by_output(view.bias)])
+    for tensor in own:
+        scale = tensor[rows].abs().mean().nan_to_num(1.0) + 1e-3
+        tensor[rows] += scale * torch.randn(tensor[rows].shape, generator=generator).to(tensor)
 
 
 def holds(model: nn.Module, inputs, *sets: HiddenUnits) -> bool:

@@ -244,7 +244,11 @@ NETWORKS = {
     "swiglu_of_two": (swiglu_of_two, VECTOR, {"value"}),
     "geglu_of_one": (geglu_of_one, VECTOR, {"both"}),
     "glu_module": (glu_module, VECTOR, {"0"}),
-    "transformer": (transformer, TOKENS, {"0.layers.0.linear1", "0.layers.1.linear1"}),
+    "transformer": (
+        transformer,
+        TOKENS,
+        {f"0.layers.{i}.{name}" for i in (0, 1) for name in ("linear1", "self_attn.v_proj")},
+    ),
     "several_consumers": (several_consumers, VECTOR, {"shared"}),
     "group_norm": (group_norm, IMAGE, {"0", "3"}),
     "one_and_three_dimensions": (
@@ -340,8 +344,16 @@ def two_layers(forward, width=8):
     return lambda: Function(forward, a=nn.Linear(6, width), b=nn.Linear(width, 2))
 
 
-def with_recurrence():
-    return Function(lambda s, x: s.b(s.a(x))[0], a=nn.Linear(8, 8), b=nn.LSTM(8, 4, batch_first=True))
+def two_towers():
+    """Two layers feed the same columns of a third, in two calls of it."""
+    return Function(
+        lambda s, x: s.c(F.relu(s.a(x))) + s.c(F.relu(s.b(x))),
+        a=nn.Linear(6, 8), b=nn.Linear(6, 8), c=nn.Linear(8, 2),
+    )  # fmt: skip
+
+
+def bilinear():
+    return Function(lambda s, x: s.b(s.a(x), x), a=nn.Linear(8, 8), b=nn.Bilinear(8, 8, 4))
 
 
 def weight_normalised():
@@ -354,11 +366,11 @@ def weight_normalised():
         (mlp, VECTOR, "5", "output"),
         (residual, IMAGE, "conv2", "residual stream"),
         (residual, IMAGE, "stem", "residual stream"),
-        (with_recurrence, TOKENS, "a", "LSTM"),
+        (bilinear, TOKENS, "a", "Bilinear"),
         (weight_normalised, VECTOR, "0", "computed"),
         (two_layers(lambda s, x: s.b(s.a(x) @ torch.ones(8, 8))), VECTOR, "a", "mixed"),
         (two_layers(lambda s, x: s.b((s.a(x) > 0).float())), VECTOR, "a", "decision"),
-        (two_layers(lambda s, x: s.b(s.a(s.a(x))), width=6), VECTOR, "a", "2 times"),
+        (two_towers, VECTOR, "a", "'c' uses them in 2 calls"),
         (two_layers(lambda s, x: s.b(x), width=6), VECTOR, "a", "not called"),
         (two_layers(lambda s, x: s.b(s.a(x)) + s.a.weight.sum()), VECTOR, "a", "also used outside"),
     ],

@@ -1,4 +1,4 @@
-"""Layers that are not torch's linear and convolution layers: transposed, recurrent, home-made, attention."""
+"""Layers that are not torch's linear and convolution layers: transposed, home-made, attention written out."""
 
 import math
 from dataclasses import replace
@@ -39,11 +39,9 @@ class HomeMade(nn.Module):
         return self.use(x, self.weight)
 
 
-def lstm():
-    def forward(s, x):
-        return s.head(s.lstm(s.embed(x))[0])
-
-    return Function(forward, embed=nn.Linear(8, 8), lstm=nn.LSTM(8, 6, batch_first=True), head=nn.Linear(6, 2))
+class OwnAttention(nn.MultiheadAttention):
+    def forward(self, x):
+        return nn.functional.linear(x, self.in_proj_weight[: self.embed_dim])
 
 
 def with_positions():
@@ -118,15 +116,13 @@ def test_looking_at_a_module_changes_nothing():
 @pytest.mark.parametrize(
     ("build", "inputs", "layer", "reason"),
     [
-        (lstm, TOKENS, "lstm", "its type is LSTM"),
+        (lambda: OwnAttention(8, 2), TOKENS, "", "its type is OwnAttention"),
         (
             lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.ConvTranspose2d(4, 2, 1, groups=2)),
             IMAGE,
             "1",
             "transposed convolution with groups=2",
         ),
-        (lambda: nn.TransformerEncoderLayer(8, 2, 16), TOKENS, "self_attn", "its type is MultiheadAttention"),
-        (lambda: nn.TransformerEncoderLayer(8, 2, 16), TOKENS, "self_attn.out_proj", "multi_head_attention_forward"),
     ],
 )
 def test_layers_of_other_kinds_are_named(build, inputs, layer, reason):
