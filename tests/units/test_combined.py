@@ -354,6 +354,7 @@ def heard(view, module, *inputs):
     return given[0], output
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
 def test_what_layers_inside_a_module_are_given():
     torch.manual_seed(0)
     rnn, x = nn.LSTM(3, 4, 2, bidirectional=True), torch.randn(5, 2, 3)
