@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 import lightning_plasticity
+from lightning_plasticity.engine.settings import ShowsSettings
 from lightning_plasticity.monitoring import pictures
 
 HERE = Path(__file__).parent
@@ -55,6 +56,7 @@ nitpick_ignore_regex = [
     )
 ]
 pictures.Figure = Figure  # which it imports for type checkers alone
+del ShowsSettings.__new__  # its signature would stand in place of that of each __init__
 
 # Which names other projects' sites have, and where, is read from docs/inventories, so that a build needs no network.
 intersphinx_mapping = {

@@ -22,18 +22,34 @@ PAGES = {
         "library/stdtypes.html": ["bool", "dict", "list", "str", "tuple"],
         "library/collections.abc.html": [
             f"collections.abc.{name}"
-            for name in ("Callable", "Iterable", "Iterator", "Mapping", "Sequence", "Set", "Sized")
+            for name in (
+                "Callable",
+                "Iterable",
+                "Iterator",
+                "Mapping",
+                "Sequence",
+                "Set",
+                "Sized",
+            )
         ],
         "library/exceptions.html": ["RuntimeError", "ValueError"],
     },
     "torch": {
-        "generated/{}.html": ["torch.Generator", "torch.nn.Module", "torch.nn.Linear", "torch.nn.ReLU"],
+        "generated/{}.html": [
+            "torch.Generator",
+            "torch.nn.Module",
+            "torch.nn.Linear",
+            "torch.nn.ReLU",
+        ],
         "generated/torch.nn.parameter.Parameter.html": ["torch.nn.parameter.Parameter"],
         "tensors.html": ["torch.Tensor"],
         "optim.html": ["torch.optim.Optimizer"],
     },
     "lightning": {
-        "api/{}.html": ["lightning.pytorch.callbacks.Callback", "lightning.pytorch.callbacks.ModelCheckpoint"],
+        "api/{}.html": [
+            "lightning.pytorch.callbacks.Callback",
+            "lightning.pytorch.callbacks.ModelCheckpoint",
+        ],
         "common/lightning_module.html": ["lightning.pytorch.core.LightningModule"],
         "common/trainer.html": ["lightning.pytorch.trainer.trainer.Trainer"],
     },
@@ -54,10 +70,18 @@ def look_up(name: str) -> Any:
 def lines_of(page: str, name: str) -> list[str]:
     """The name's lines in an inventory: under itself, and under where it was defined."""
     found = look_up(name)
-    role = "function" if inspect.isroutine(found) else "exception" if _is_exception(found) else "class"
+    role = (
+        "function"
+        if inspect.isroutine(found)
+        else "exception"
+        if _is_exception(found)
+        else "class"
+    )
     module = found.__module__.removeprefix("builtins")
     names = {name, f"{module}.{found.__qualname__}".removeprefix(".")}
-    return [f"{each} py:{role} 1 {page.format(name)}#{name} -" for each in sorted(names)]
+    return [
+        f"{each} py:{role} 1 {page.format(name)}#{name} -" for each in sorted(names)
+    ]
 
 
 def _is_exception(found: Any) -> bool:
@@ -66,9 +90,16 @@ def _is_exception(found: Any) -> bool:
 
 def inventory(project: str) -> bytes:
     """A project's inventory, as Sphinx reads it."""
-    lines = [line for page, names in PAGES[project].items() for name in names for line in lines_of(page, name)]
+    lines = [
+        line
+        for page, names in PAGES[project].items()
+        for name in names
+        for line in lines_of(page, name)
+    ]
     head = f"# Sphinx inventory version 2\n# Project: {project}\n# Version: \n# The remainder is compressed by zlib.\n"
-    return head.encode() + zlib.compress("".join(f"{line}\n" for line in sorted(lines)).encode(), 9)
+    return head.encode() + zlib.compress(
+        "".join(f"{line}\n" for line in sorted(lines)).encode(), 9
+    )
 
 
 def main() -> None:

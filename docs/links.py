@@ -25,7 +25,9 @@ class Page(HTMLParser):
     def __post_init__(self) -> None:
         super().__init__()
 
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(
+        self, tag: str, attributes: list[tuple[str, str | None]]
+    ) -> None:
         """Takes in one tag."""
         for name, value in attributes:
             if value and name == "id":
@@ -59,19 +61,29 @@ def broken(site: Path) -> list[str]:
             target = (path.parent / name).resolve() if name else path.resolve()
             if not target.is_file():
                 found.append(f"{path.relative_to(site)}: {link} is no file of the site")
-            elif place and target.suffix == ".html" and place not in read(target).places:
-                found.append(f"{path.relative_to(site)}: {link} names a place that is not on that page")
+            elif (
+                place and target.suffix == ".html" and place not in read(target).places
+            ):
+                found.append(
+                    f"{path.relative_to(site)}: {link} names a place that is not on that page"
+                )
     return found
 
 
 def external(site: Path) -> list[str]:
     """The links to other sites, each once."""
     links = {link for path in site.rglob("*.html") for link in read(path).links}
-    return sorted(urldefrag(link).url for link in links if urlsplit(link).scheme in ("http", "https"))
+    return sorted(
+        urldefrag(link).url
+        for link in links
+        if urlsplit(link).scheme in ("http", "https")
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("site", type=Path)
     parser.add_argument("--external", action="store_true")
     options = parser.parse_args()
@@ -79,7 +91,14 @@ def main() -> None:
         print("\n".join(dict.fromkeys(external(options.site))))
         return
     found = broken(options.site)
-    print("\n".join([*found, f"{len(list(options.site.rglob('*.html')))} pages, {len(found)} broken links"]))
+    print(
+        "\n".join(
+            [
+                *found,
+                f"{len(list(options.site.rglob('*.html')))} pages, {len(found)} broken links",
+            ]
+        )
+    )
     sys.exit(bool(found))
 
 

@@ -25,7 +25,15 @@ from lightning_plasticity.metrics import DeadUnits, EffectiveRank, WeightNorm  #
 
 TASKS, EVERY = 100, 5
 RUNS = {"plain": [], "with ContinualBackprop": [ContinualBackprop]}
-COLOURS = {"plain": "#D55E00", "with ContinualBackprop": "#0072B2"}  # which colour-blind readers tell apart
+LABELS = {
+    "DeadUnits": "dead units",
+    "EffectiveRank": "effective rank",
+    "WeightNorm": "norm of weights",
+}
+COLOURS = {
+    "plain": "#D55E00",
+    "with ContinualBackprop": "#0072B2",
+}  # which colour-blind readers tell apart
 
 
 def run(methods: list[type[pl.Callback]]) -> tuple[list[float], dict[str, list[float]]]:
@@ -48,7 +56,10 @@ def run(methods: list[type[pl.Callback]]) -> tuple[list[float], dict[str, list[f
         enable_model_summary=False,
     )
     trainer.fit(model)
-    return model.accuracies, {name: [overall(values) for _, values in seen] for name, seen in monitor.history.items()}
+    return model.accuracies, {
+        name: [overall(values) for _, values in seen]
+        for name, seen in monitor.history.items()
+    }
 
 
 def main() -> None:
@@ -59,13 +70,23 @@ def main() -> None:
     for name, methods in RUNS.items():
         accuracies, seen = run(methods)
         smooth = 100 * np.convolve(accuracies, np.full(10, 0.1), mode="valid")
-        print(f"{name}: accuracy, tasks 1 to 10 {smooth[0]:.1f} %, 91 to 100 {smooth[-1]:.1f} %")
-        panels[0].plot(np.arange(len(smooth)) + 10, smooth, color=COLOURS[name], label=name)
-        for axes, (measure, values) in zip(panels[1:], seen.items(), strict=True):
-            print(f"{name}: {measure}, after task {EVERY} {values[0]:.2f}, after task {TASKS} {values[-1]:.2f}")
-            axes.plot(EVERY * (np.arange(len(values)) + 1), values, ".-", color=COLOURS[name])
-    labels = ("accuracy on each image\nbefore it is learned, %", "dead units", "effective rank", "norm of weights")
-    for axes, label in zip(panels, labels, strict=True):
+        print(
+            f"{name}: accuracy, tasks 1 to 10 {smooth[0]:.1f} %, 91 to 100 {smooth[-1]:.1f} %"
+        )
+        panels[0].plot(
+            np.arange(len(smooth)) + 10, smooth, color=COLOURS[name], label=name
+        )
+        for axes, measure in zip(panels[1:], LABELS, strict=True):
+            values = seen[measure]
+            print(
+                f"{name}: {measure}, after task {EVERY} {values[0]:.2f}, after task {TASKS} {values[-1]:.2f}"
+            )
+            axes.plot(
+                EVERY * (np.arange(len(values)) + 1), values, ".-", color=COLOURS[name]
+            )
+    for axes, label in zip(
+        panels, ["accuracy on\nnew images, %", *LABELS.values()], strict=True
+    ):
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
     panels[0].legend()
