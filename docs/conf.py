@@ -48,12 +48,12 @@ autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 nitpicky = True
-# Signatures of what methods stand on also show classes that are nobody else's business, without a link.
+INSIDE = "editing|engine|layer_views|layers|monitoring|units"
 nitpick_ignore_regex = [
-    (
-        "py:class",
-        r"(lightning_plasticity\.(editing|engine|layer_views|layers|monitoring|units)|torch\.utils\.hooks)\..*",
-    )
+    # Signatures of what methods stand on also show classes that are nobody else's
+    # business: they are shown without a link. So is one of torch's that its site lacks.
+    ("py:class", rf"(lightning_plasticity\.({INSIDE})|torch\.utils\.hooks)\..*"),
+    ("py:obj", r"typing\.Literal\[.*"),  # Sphinx cuts `Literal["a", "b"] | None` in two
 ]
 pictures.Figure = Figure  # which it imports for type checkers alone
 del ShowsSettings.__new__  # its signature would stand in place of that of each __init__
