@@ -22,7 +22,7 @@ test: .venv/.installed
 	$(BIN)/pytest -n auto
 
 docs: .venv/.installed
-	$(BIN)/python -m sphinx -W --keep-going -n -q -c docs . build/docs
+	$(BIN)/python -m sphinx -W --keep-going -n -E -a -q -c docs . build/docs
 	$(BIN)/python docs/links.py build/docs
 
 dist: .venv/.installed

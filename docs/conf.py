@@ -30,7 +30,6 @@ extensions = [
     "sphinx_copybutton",
     "mathml",
 ]
-myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
 html_theme = "furo"
@@ -45,6 +44,8 @@ copybutton_prompt_is_regexp = True
 
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True}
+autodoc_inherit_docstrings = False  # Lightning's hooks are described by Lightning
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 nitpicky = True
@@ -69,6 +70,3 @@ intersphinx_mapping = {
         "matplotlib": "https://matplotlib.org/stable/",
     }.items()
 }
-
-autodoc_default_options = {"members": True}
-autodoc_inherit_docstrings = False  # Lightning's hooks are described by Lightning
