@@ -79,11 +79,13 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         if value.is_floating_point() or value.is_complex():
             yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
     elif isinstance(value, (list, tuple, set)):
         for item in value:
+            yield from tensors_in(item)
+    elif value is None or isinstance(value, (int, float, str)):  # most of what there is, told before the slow kinds
+        return
+    elif isinstance(value, Mapping):
+        for item in value.values():
             yield from tensors_in(item)
     elif is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):

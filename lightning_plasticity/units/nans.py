@@ -16,7 +16,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def _maximum_tells(x: Tensor) -> bool:
     """Whether the maximum of tensors like ``x`` is known to be NaN where any number is: not so on all devices."""
-    return x.dtype in _FLOATS and x.device.type in ("cpu", "cuda") and x.numel() > 0
+    return x.dtype in _FLOATS and (x.is_cpu or x.is_cuda) and x.numel() > 0
 
 
 def any_nan(x: Tensor) -> bool:
@@ -43,7 +43,10 @@ def all_nan_along(x: Tensor, dims: list[int]) -> Tensor:
 
 def nan_channels(x: Tensor, dim: int) -> Tensor:
     """For each index of ``dim`` whether a NaN is anywhere in it."""
-    return nan_along(x, _others(x, dim)).flatten()
+    others = _others(x, dim)
+    if others and _maximum_tells(x):
+        return x.amax(others).isnan()
+    return x.isnan().any(dim=others) if others else x.isnan()
 
 
 def _others(x: Tensor, dim: int) -> list[int]:
@@ -62,16 +65,16 @@ def ones_for_nan(x: Tensor) -> Tensor:
     return clean(x, 1.0)
 
 
-def with_nan(x: Tensor, where: Tensor) -> Tensor:
-    """NaN where a mask of few entries, which is broadcast, says so; a product with one changes no bit of the rest."""
-    return x * torch.where(where.to(x.device), math.nan, 1.0).to(x.dtype)
+def nan_factors(mask: Tensor) -> Tensor:
+    """What makes NaN of all that a mask says: a product with one changes no bit of the rest."""
+    return torch.where(mask, math.nan, 1.0)
 
 
-def set_channels_nan(x: Tensor, dim: int, channels: Tensor) -> Tensor:
-    """NaN in all of the channels of a mask."""
+def times_channels(x: Tensor, dim: int, factors: Tensor) -> Tensor:
+    """A product with a factor for each channel."""
     shape = [1] * x.ndim
     shape[dim] = -1
-    return with_nan(x, channels.view(shape))
+    return x * factors.to(x).view(shape)
 
 
 class NaNs:
@@ -100,7 +103,7 @@ class NaNs:
     def put_into(self, output: Tensor) -> Tensor:
         """A tensor of the same shape, with NaN where this one is."""
         if self._channels is not None:
-            return with_nan(output, self._channels)
+            return output * nan_factors(self._channels).to(output)
         return output.masked_fill(self.x.isnan(), math.nan)
 
 

@@ -38,10 +38,14 @@ class Network:
         self.mixing: set[str] = set()  # norms in which one channel's NaN reaches others
         self.elementwise: set[str] = set()  # norms in which each entry's NaN stays where it is
         self.stand_ins = StandIns()
+        self.parameters = {id(parameter) for parameter in model.parameters()}
         self.nan_of_its_own = False  # whether it looks for NaN and finds some without our doing
         self.training_path = False
         self.runs = 0
         self.put_random_states_back = random_states(model)
+        self._modules = [
+            (m, next(m.children(), None) is None or isinstance(m, (*TORCH_NORMS, *_DROPOUTS))) for m in model.modules()
+        ]
         self._mark_unusable_weights()
 
     def __str__(self) -> str:
@@ -79,6 +83,7 @@ class Network:
 
     def set_modes(self) -> None:
         """Evaluation mode; on the training path containers train while norms, dropouts and other leaves evaluate."""
-        for module in self.model.modules():
-            leaf = next(module.children(), None) is None or isinstance(module, (*TORCH_NORMS, *_DROPOUTS))
-            module.training = self.training_path and not leaf
+        for module, is_leaf in self._modules:
+            training = self.training_path and not is_leaf
+            if module.training != training:
+                module.training = training

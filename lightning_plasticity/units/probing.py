@@ -13,8 +13,7 @@ units cannot be mistaken for one that is fed by a single one, and about ``log2(c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,8 +35,9 @@ from lightning_plasticity.units.nans import (
     clean,
     is_elementwise,
     nan_channels,
+    nan_factors,
     ones_for_nan,
-    set_channels_nan,
+    times_channels,
 )
 from lightning_plasticity.units.network import Network
 from lightning_plasticity.units.stand_ins import attended, signature
@@ -95,14 +95,7 @@ def _without_nan(name: str, func: Callable[..., Any], args: Sequence[Any], kwarg
     return func(*args, **kwargs).masked_fill_(nans, math.nan)
 
 
-def _keeps_apart(module: nn.Module, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a normalisation layer hands on NaN of one entry of its input to that entry of its output alone."""
-    with_one = x.clone()
-    with_one[(0,) * x.ndim] = math.nan
-    try:
-        return is_elementwise(module.forward(with_one, *args, **kwargs))
-    except Exception:  # it checks its values
-        return False
+own_functions = torch._C.DisableTorchFunction  # for what hooks compute, which no mode needs to see
 
 
 class Watch(TorchFunctionMode):
@@ -115,7 +108,7 @@ class Watch(TorchFunctionMode):
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
-        self._paused = False  # inside our own hooks
+        self._paused = False
         self._events = 0
         self._active: list[Layer | Combined] = []
         self._carried: list[Tensor] = []  # which input channels of a passed layer are NaN
@@ -217,24 +210,37 @@ class Watch(TorchFunctionMode):
 
     def in_doubt(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors among the arguments other than parameters and what the running layer was given."""
-        return [x for x in tensors_in((args, kwargs)) if not (x is self._arrived or isinstance(x, nn.Parameter))]
+        known = self.network.parameters
+        return [x for x in tensors_in((args, kwargs)) if not (x is self._arrived or id(x) in known)]
 
     # ---- hooks
 
-    @contextmanager
-    def _pause(self) -> Iterator[None]:
+    def _again(self, module: nn.Module, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Calls a module's forward unwatched."""
         self._paused = True
         try:
-            yield
+            return module.forward(x, *args, **kwargs)
         finally:
             self._paused = False
+
+    def _keeps_apart(self, module: nn.Module, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a norm hands on NaN of one entry of its input to that entry of its output alone."""
+        with own_functions():
+            with_one = x.clone()
+            with_one[(0,) * x.ndim] = math.nan
+        try:
+            output = self._again(module, with_one, args, kwargs)
+        except Exception:  # it checks its values
+            return False
+        with own_functions():
+            return is_elementwise(output)
 
     def before_layer(self, layer: Layer) -> Callable[..., Any]:
         """The hook on a layer's input."""
 
         def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
             self._active.append(layer)
-            with self._pause():
+            with own_functions():
                 if args:
                     self._arrived = self.arrive(layer, args[0])
                     return (self._arrived, *args[1:]), kwargs
@@ -250,7 +256,7 @@ class Watch(TorchFunctionMode):
         def hook(_: nn.Module, __: Any, output: Any) -> Any:
             self._active.pop()
             self._arrived = None
-            with self._pause():
+            with own_functions():
                 return self.leave(layer, output) if isinstance(output, Tensor) else output
 
         return hook
@@ -260,7 +266,7 @@ class Watch(TorchFunctionMode):
 
         def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
             self._active.append(combined)
-            with self._pause():
+            with own_functions():
                 return combined.enter(self, args, kwargs)
 
         return hook
@@ -270,7 +276,7 @@ class Watch(TorchFunctionMode):
 
         def hook(_: nn.Module, __: Any, output: Any) -> Any:
             self._active.pop()
-            with self._pause():
+            with own_functions():
                 return combined.leave(self, output)
 
         return hook
@@ -294,13 +300,13 @@ class Watch(TorchFunctionMode):
         if not layer.passes:
             return self.leaves(layer, output)
         nans = self._carried.pop().repeat_interleave(layer.size // layer.columns)
-        return set_channels_nan(output, layer.channel_dim, nans)
+        return times_channels(output, layer.channel_dim, nan_factors(nans))
 
     def before_opaque(self, name: str) -> Callable[..., Any]:
         """The hook on the inputs of a layer that mixes: cleans them."""
 
         def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            with self._pause():
+            with own_functions():
                 if any(any_nan(x) for x in tensors_in((args, kwargs))):
                     self.meets_opaque(name)
                     return map_tensors(clean, args), map_tensors(clean, kwargs)
@@ -316,7 +322,7 @@ class Watch(TorchFunctionMode):
 
         def hook(module: nn.Module, args: Any) -> Any:
             x = args[0] if args and isinstance(args[0], Tensor) else None
-            with self._pause():
+            with own_functions():
                 dim = None if x is None else norm_dims(module, x)
                 if x is not None:
                     self.passes_norm(name, x, dim)
@@ -334,14 +340,17 @@ class Watch(TorchFunctionMode):
             x, nans = self._inside_norms.pop()
             if x is None or not isinstance(output, Tensor) or output.shape != x.shape:
                 return None
-            with self._pause():
-                if self.surveys and _keeps_apart(module, x, args[1:], kwargs):
-                    self.network.elementwise.add(name)
-                if nans is None or not nans.any:
-                    return None
-                if name not in self.network.mixing and nans.are_exceeded_by(output):
-                    self.network.mixing.add(name)
-                    output = module.forward(clean(x), *args[1:], **kwargs)
+            if self.surveys and self._keeps_apart(module, x, args[1:], kwargs):
+                self.network.elementwise.add(name)
+            if nans is None or not nans.any:
+                return None
+            with own_functions():
+                spreads = name not in self.network.mixing and nans.are_exceeded_by(output)
+                numbers = clean(x) if spreads else x
+            if spreads:
+                self.network.mixing.add(name)
+                output = self._again(module, numbers, args[1:], kwargs)
+            with own_functions():
                 return nans.put_into(output)
 
         return hook
@@ -351,12 +360,10 @@ class Watch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._paused:
-            return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if name not in GLANCES:
-            with self._pause():
-                args = self._before_call(name, args, kwargs)
+        if self._paused or name in GLANCES:
+            return func(*args, **kwargs)
+        args = self._before_call(name, args, kwargs)
         result = self._call(name, func, args, kwargs)
         carries_no_nan = isinstance(result, Tensor) and not (result.is_floating_point() or result.is_complex())
         if (
@@ -392,8 +399,7 @@ class Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         running = self._active[-1] if self._active else None
         call = signature(running.name if isinstance(running, Layer) else "", name, args, kwargs)
-        with self._pause():
-            result = self.stand_in(call, name, args, kwargs) if self.stands_in else None
+        result = self.stand_in(call, name, args, kwargs) if self.stands_in else None
         if result is None:
             result = func(*args, **kwargs)
         if self.surveys:

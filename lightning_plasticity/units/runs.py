@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_plasticity.units.channels import Layer, Site, tensors_in
-from lightning_plasticity.units.nans import any_nan, clean, nan_channels, set_channels_nan
+from lightning_plasticity.units.nans import any_nan, clean, nan_channels, nan_factors, times_channels
 from lightning_plasticity.units.network import Network
 from lightning_plasticity.units.probing import StopRun, Watch, describe
 
@@ -25,12 +25,13 @@ class _Marked(Watch):
     def __init__(self, network: Network, marked: Tensor) -> None:
         super().__init__(network)
         self.marked = marked
+        self._factors = nan_factors(marked)
 
     @override
     def leaves(self, layer: Layer, output: Tensor) -> Tensor:
         if layer.reason is not None or layer.unmarked is not None:
             return output
-        return set_channels_nan(output, layer.channel_dim, self.marked[layer.first : layer.first + layer.size])
+        return times_channels(output, layer.channel_dim, self._factors[layer.first : layer.first + layer.size])
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_plasticity.units.nans import all_nan_along, nan_along, with_nan
+from lightning_plasticity.units.nans import all_nan_along, nan_along, nan_factors
 
 # Enough numbers for sums and spreads over any few of them to be like those of the whole.
 _KEPT = 4096
@@ -45,13 +45,15 @@ class StandIns:
 
 def signature(layer: str, function: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
     """What calls have in common that give tensors of one kind."""
-    return layer, function, _kind(args), _kind([*kwargs.items()])
+    return layer, function, *map(_kind, args), *map(_kind, kwargs.items())
 
 
 def _kind(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         return value.shape, value.dtype
-    return tuple(map(_kind, value)) if isinstance(value, (list, tuple)) else repr(value)
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_kind, value))
+    return value if isinstance(value, (int, str, float)) else repr(value)
 
 
 def attended(result: Tensor, value: Tensor) -> Tensor | None:
@@ -61,4 +63,4 @@ def attended(result: Tensor, value: Tensor) -> Tensor | None:
         return result
     if value.shape[:-2] != result.shape[:-2] or not torch.equal(nans, all_nan_along(value, [-2])):
         return None
-    return with_nan(result, nans)
+    return result * nan_factors(nans).to(result)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -70,12 +70,10 @@ class Wiring:
         The channels of a depthwise convolution belong to the units that feed it, if each of its inputs is fed by one
         unit and the two together prove valid. Otherwise it is a layer like any other.
         """
-        self._read()
         depthwise = [layer for layer in self.layers if layer.depthwise]
-        for layer in depthwise:
-            layer.passes = bool((self.units[Site("column", layer.name)] >= 0).all())
-        if any(layer.passes for layer in depthwise):
-            self._read()
+        if depthwise:
+            self._bearing(self._guess_passed)
+        self._bearing(self._read)
         while True:
             self.proven = self._prove(self.groups())
             members = self.members(self.proven)
@@ -84,7 +82,7 @@ class Wiring:
                 return
             for layer in failed:
                 layer.passes = False
-            self._read()
+            self._bearing(self._read)
 
     # ---- reading
 
@@ -143,10 +141,10 @@ class Wiring:
             return error
         return None
 
-    def _read(self) -> None:
-        """Reads which unit feeds what; units that the network's own code refuses as NaN stay numbers."""
+    def _bearing(self, read: Callable[[], None]) -> None:
+        """Reads; units that the network's own code refuses as NaN stay numbers."""
         try:
-            self._read_codes()
+            read()
         except Exception as first:
             bearable = _largest_part(self.layers, lambda layers: self._refusal(layers) is None, known_to_fail=True)
             for layer in self.layers:
@@ -154,7 +152,7 @@ class Wiring:
                     refusal = self._refusal([layer]) or first
                     layer.unmarked = f"the network stops when its units are NaN ({describe(refusal)})"
             try:
-                self._read_codes()
+                read()
             except Exception as error:
                 raise ValueError(
                     f"lightning_plasticity cannot examine {self.network}, which stops with NaN in place of its units: "
@@ -168,14 +166,33 @@ class Wiring:
             marked[layer.numbers] = True
         return self._try(FindGates(self.network, marked))
 
-    def _read_codes(self) -> None:
+    def _guess_passed(self) -> None:
+        """Sets which depthwise convolutions have inputs that are fed by one unit each.
+
+        Units are NaN in two random halves and in what these leave. A channel of one unit is NaN in one run of each
+        pair; one of several units is not, by chance, in a quarter of cases, so that all channels of a layer together
+        tell. Should they not, the proof does.
+        """
+        generator = torch.Generator().manual_seed(0)
+        halves = [torch.rand(self.count, generator=generator) < 0.5 for _ in range(2)]
+        _, seen = self._see([marked for half in halves for marked in (half, ~half)])
+        for layer in (layer for layer in self.layers if layer.depthwise):
+            bits = seen[Site("column", layer.name)]
+            layer.passes = len(bits) == 4 and bool(((bits[0] ^ bits[1]) & (bits[2] ^ bits[3])).all())
+
+    def _see(self, marks: Iterable[Tensor]) -> tuple[FindGates, Seen]:
+        """Where NaN comes of these units in turn, and the gates on their way."""
         found = FindGates(self.network, torch.arange(self.count) % 2 == 0)
         found.run()
-        words = codewords(self.count)
         seen: Seen = {}
-        for bit in range(int(words.max()).bit_length()):
-            ReadCodes(self.network, (words >> bit & 1).bool(), bit, found, seen).run()
-        self.found = found
+        for bit, marked in enumerate(marks):
+            ReadCodes(self.network, marked, bit, found, seen).run()
+        return found, seen
+
+    def _read(self) -> None:
+        """Reads which unit feeds what."""
+        words = codewords(self.count)
+        self.found, seen = self._see((words >> bit & 1).bool() for bit in range(int(words.max()).bit_length()))
         self.units = {}
         unusable = {Site("column", layer.name) for layer in self.network.layers if layer.reason is not None}
         for site, bits in seen.items():
