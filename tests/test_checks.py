@@ -63,6 +63,7 @@ PROBE = {
 }
 LAYERS = {**COMMON, "include": "words", "exclude": "words"}
 BOUNDARY = {**STEPS, "on_fit_start": "flag"}
+SPECTRUM = {"summary": "choice", "energy": "share above 0"}
 NTK = {"summary": "choice", "energy": "share above 0", "chunk_size": "count from 1?"}
 REDUNDANCY = {"outputs": "choice", "noise": "above 0", "chunk_size": "count from 1?"}
 CALLBACKS: dict[str, dict[str, str]] = {
@@ -222,6 +223,7 @@ METRICS: dict[str, dict[str, str]] = {
         "kwargs": "",
     },
     "Sharpness": {**LANCZOS, "kwargs": ""},
+    "HessianSpectrum": {**SPECTRUM, "loss_fn": "function", "steps": "count from 1", "kwargs": ""},
     "TrainabilityProbe": {**PROBE, "kwargs": ""},
     "DistanceFromInit": {"relative": "flag", "kwargs": ""},
     "TaskAccuracy": {"summary": "choice", "kwargs": ""},
@@ -280,6 +282,12 @@ TABLE: list[tuple[str, Callable[..., Any], str, str]] = [
         for argument, kind in METRICS[metric].items()
     ),
     *(("sharpness", on_a_network(functional.sharpness), argument, kind) for argument, kind in LANCZOS.items()),
+    ("hessian_spectrum", on_a_network(functional.hessian_spectrum), "loss_fn", "function"),
+    ("hessian_spectrum", on_a_network(functional.hessian_spectrum), "steps", "count from 1"),
+    *(
+        ("summarize_spectrum", lambda **one: functional.summarize_spectrum(torch.ones(2), **one), argument, kind)
+        for argument, kind in SPECTRUM.items()
+    ),
     *(
         ("optimization_readiness", on_a_network(functional.optimization_readiness), argument, kind)
         for argument, kind in METRICS["OptimizationReadiness"].items()

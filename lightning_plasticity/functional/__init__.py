@@ -19,6 +19,7 @@ from lightning_plasticity.functional.gradients import (
     summarize_covariance,
     zero_gradient_fraction,
 )
+from lightning_plasticity.functional.hessian import hessian_spectrum, summarize_spectrum
 from lightning_plasticity.functional.ntk import ntk_rank
 from lightning_plasticity.functional.rank import effective_rank, feature_rank, stable_rank
 from lightning_plasticity.functional.readiness import optimization_readiness
@@ -48,6 +49,7 @@ __all__ = [
     "gradient_covariance",
     "gradient_dormancy",
     "gradient_norm",
+    "hessian_spectrum",
     "isometry_deviation",
     "linearized_units",
     "local_redundancy",
@@ -61,6 +63,7 @@ __all__ = [
     "sign_entropy",
     "stable_rank",
     "summarize_covariance",
+    "summarize_spectrum",
     "trainability",
     "update_ratio",
     "weight_magnitude",

@@ -8,13 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity import checks
-from lightning_plasticity.functional.gradients import (
-    LossFunction,
-    check_batch,
-    check_loss,
-    measuring,
-    trainable_parameters,
-)
+from lightning_plasticity.functional.gradients import LossFunction, measuring
+from lightning_plasticity.functional.hessian import hessian_product
 
 
 def sharpness(
@@ -54,36 +49,8 @@ def sharpness(
     checks.function("loss_fn", loss_fn)
     max_iterations, tolerance = check_lanczos(max_iterations, tolerance)
     with measuring(model):
-        inputs, targets = check_batch(inputs, targets)
-        parameters = list(trainable_parameters(model).values())
-        loss = check_loss(loss_fn(model(inputs), targets))
-        if not loss.requires_grad:
-            raise ValueError(
-                "The loss must depend on the trainable parameters, got one without gradient: leave out what cuts it "
-                "off, such as detach()."
-            )
-        # Created once: each product is then one more backward pass through this graph.
-        gradient = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
-        curved = [index for index, g in enumerate(gradient) if g.requires_grad]
-        if not curved:  # the loss is linear in every parameter
-            return torch.zeros((), dtype=torch.float64, device=loss.device)
-        sizes = [p.numel() for p in parameters]
-
-        def hessian_times(vector: Tensor) -> Tensor:
-            pieces = [v.view_as(p).to(p.dtype) for v, p in zip(torch.split(vector, sizes), parameters, strict=True)]
-            product = torch.autograd.grad(
-                [gradient[i] for i in curved],
-                parameters,
-                [pieces[i] for i in curved],
-                retain_graph=True,
-                materialize_grads=True,
-            )
-            return torch.cat([piece.flatten().to(vector.dtype) for piece in product])
-
-        # Its own generator: the measure repeats itself, and the user's random state is left alone.
-        start = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(0))
-        start = start.to(loss.device, torch.promote_types(parameters[0].dtype, torch.float32))
-        return largest_eigenvalue(hessian_times, start, max_iterations, tolerance).to(loss.device)
+        product = hessian_product(model, loss_fn, inputs, targets)
+        return largest_eigenvalue(*product, max_iterations, tolerance).to(product[1].device)
 
 
 def check_lanczos(max_iterations: int, tolerance: float) -> tuple[int, float]:

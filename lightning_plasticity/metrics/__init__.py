@@ -17,6 +17,7 @@ from lightning_plasticity.metrics.gradients import (
     GradientNorm,
     ZeroGradientFraction,
 )
+from lightning_plasticity.metrics.hessian import HessianSpectrum
 from lightning_plasticity.metrics.ntk import NTKRank
 from lightning_plasticity.metrics.rank import EffectiveRank, FeatureRank, StableRank
 from lightning_plasticity.metrics.readiness import OptimizationReadiness
@@ -44,6 +45,7 @@ __all__ = [
     "GradientCovariance",
     "GradientDormancy",
     "GradientNorm",
+    "HessianSpectrum",
     "IsometryDeviation",
     "LinearizedUnits",
     "LocalRedundancy",

@@ -233,6 +233,16 @@ CASES = {
     "NTKRank, effective": Case(
         partial(M.NTKRank, "effective", chunk_size=None), inputs_only, mean_of(partial(F.ntk_rank, summary="effective"))
     ),
+    "HessianSpectrum": Case(
+        partial(M.HessianSpectrum, steps=12),
+        partial(batches_for, None),
+        mean_of(lambda model, x, y: F.summarize_spectrum(F.hessian_spectrum(model, cross_entropy, x, y, 12))),
+    ),
+    "HessianSpectrum, negative": Case(
+        partial(M.HessianSpectrum, summary="negative", steps=12),
+        partial(batches_for, None),
+        mean_of(lambda m, x, y: F.summarize_spectrum(F.hessian_spectrum(m, cross_entropy, x, y, 12), "negative")),
+    ),
     "LocalRedundancy": Case(M.LocalRedundancy, inputs_only, mean_of(F.local_redundancy)),
     "GradientCovariance": Case(M.GradientCovariance, partial(batches_for, None), covariance),
     "GradientCovariance, least": Case(
