@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lr", nargs="*", choices=LEARNING_RATES, default=list(LEARNING_RATES))
     parser.add_argument("--arm", nargs="*", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seed", nargs="*", type=int, default=[0, 1])
-    parser.add_argument("--tasks", type=int, default=50)
+    parser.add_argument("--tasks", type=int, default=30)
     parser.add_argument(
         "--results",
         type=Path,

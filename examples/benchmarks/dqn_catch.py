@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arm", nargs="*", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seed", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--games", type=int, default=10)
+    parser.add_argument("--games", type=int, default=6)
     parser.add_argument(
         "--results", type=Path, default=Path("dqn_catch"), help="where to write .csv and .md, without the ending"
     )

@@ -200,11 +200,10 @@ def measure(learner: nn.Sequential, inputs: Tensor) -> dict[str, float]:
 
 EXPLANATION = """Written by `slowly_changing_regression.py`. {examples:,} examples, batch 1, SGD with step size 0.01,
 Adam with the step sizes that its arms name; `ContinualBackprop` with rate 1e-4, maturity threshold 100 and adaptable
-contribution. Adam 0.001 was added after short trials on these seeds in which `ContinualBackprop` was behind plain Adam
-0.01, and its rows of `ContinualBackprop` were made with cleared moments, those with Adam 0.01 with the default,
-`optimizer_state="survivors"`. The error is the mean squared error on the examples, each before it was learned from; ±
-is the standard deviation over seeds, each with a target and a stream of its own, so that the change within
-runs tells more than the spread between them.
+contribution, and `optimizer_state="survivors"` where the arm names no other. Adam 0.001 was added after short trials
+on these seeds in which `ContinualBackprop`, with cleared moments, was behind plain Adam 0.01. The error is the mean
+squared error on the examples, each before it was learned from; ± is the standard deviation over seeds, each with a
+target and a stream of its own, so that the change within runs tells more than the spread between them.
 Dead units, effective rank (of {hidden} hidden units, on the {probe:,} examples before a row was written)
 and the mean size of the weights are means over the last {ends:,} examples. Published (100 seeds): the error of plain
 SGD and Adam rises, that of Continual Backprop stays."""
@@ -251,7 +250,7 @@ def draw(results: Curves, examples: int, picture: Path) -> None:
         for name in (name for name in complete if name.split(",")[0] == optimizer):
             error = results.of(name, times=times, measure="squared_error")
             mean, std, arm = error.mean(0), error.std(0, ddof=min(1, len(error) - 1)), ARMS[name]
-            label = "plain" if arm.method is None else "ContinualBackprop"
+            label = name.partition(", ")[2] or "plain"
             axis.plot(seen, mean, color=arm.colour, linestyle=arm.style, label=f"{label}, {len(error)} seeds")
             axis.fill_between(seen, mean - std, mean + std, color=arm.colour, alpha=0.2, linewidth=0)
         axis.legend(frameon=False)
