@@ -5,6 +5,7 @@ A whole tensor is the simplest case, a part that is all of it: whoever writes th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -47,12 +48,12 @@ class Layout:
     Attributes:
         shape: of the whole.
         places: for each dimension the indices in the whole of what the part has there, in order; None where it has all.
-        shards: of how many different parts the whole consists.
+        pieces: for each dimension into how many pieces it is cut.
     """
 
     shape: torch.Size
     places: tuple[Tensor | None, ...]
-    shards: int
+    pieces: tuple[int, ...]
 
     @cached_property
     def lookups(self) -> tuple[Tensor | None, ...]:
@@ -76,7 +77,7 @@ class Part:
         layout: where it lies in the whole; None where it is the whole.
 
     Example:
-        >>> layout = Layout(torch.Size([4, 2]), (torch.tensor([2, 3]), None), shards=2)
+        >>> layout = Layout(torch.Size([4, 2]), (torch.tensor([2, 3]), None), pieces=(2, 1))
         >>> part = Part(torch.zeros(2, 2), layout)  # as the second of two ranks has it under FSDP2
         >>> part.find(0, torch.tensor([3, 0]))  # of rows 3 and 0 it has the first: in its own row 1
         (tensor([1]), tensor([0]))
@@ -95,15 +96,23 @@ class Part:
     @property
     def shards(self) -> int:
         """Of how many different parts the whole consists: 1 where every rank has all."""
-        return 1 if self.layout is None else self.layout.shards
+        return 1 if self.layout is None else math.prod(self.layout.pieces)
+
+    @property
+    def share(self) -> float:
+        """By what a value that each rank computes from its part is multiplied, so that the sum over all ranks is right.
+
+        Every part is held by as many ranks, the world divided by the number of parts, and counts once.
+        """
+        return self.shards / world_size()
 
     def swapped(self) -> Part:
         """With the first two dimensions exchanged."""
         if self.layout is None:
             return Part(self.local.transpose(0, 1), None)
         first, second, *others = self.layout.shape
-        a, b, *rest = self.layout.places
-        swapped = Layout(torch.Size((second, first, *others)), (b, a, *rest), self.shards)
+        (a, b, *rest), (x, y, *more) = self.layout.places, self.layout.pieces
+        swapped = Layout(torch.Size((second, first, *others)), (b, a, *rest), (y, x, *more))
         return Part(self.local.transpose(0, 1), swapped)
 
     def places(self, dim: int) -> Tensor | None:
@@ -191,6 +200,51 @@ def _seen(view: LayerView, tensor: Tensor, see: Callable[[Tensor], Tensor]) -> P
     return part.swapped() if view.transposed else part
 
 
+def inputs_read(view: LayerView) -> Tensor:
+    """Which of a layer's inputs each weight that is here is multiplied by: by row and column, or one row for all.
+
+    Example:
+        >>> from lightning_plasticity.layer_views import view_of
+        >>> inputs_read(view_of(torch.nn.Conv1d(4, 2, 1, groups=2)))
+        tensor([[0, 1],
+                [2, 3]])
+    """
+    part, width = matrix(view, view.weight), view.inputs // view.groups
+    rows, columns = (
+        torch.arange(part.shape[dim], device=part.local.device) if (places := part.places(dim)) is None else places
+        for dim in (0, 1)
+    )
+    if view.groups == 1:
+        return columns.unsqueeze(0)
+    return (rows // (view.outputs // view.groups) * width).unsqueeze(1) + columns
+
+
+def heard_by_all(x: Tensor, dim: int) -> Tensor:
+    """What a layer is given, with all channels, so that its mean over all ranks is the mean over examples.
+
+    Where tensor parallelism splits the channels, those that others are given are 0, and the own ones count as many
+    times as there are pieces.
+
+    Args:
+        x: the rank's own examples.
+        dim: the dimension of channels.
+
+    Example:
+        >>> x = torch.ones(2, 3)
+        >>> heard_by_all(x, -1) is x
+        True
+    """
+    part = part_of(x)
+    dim %= x.ndim
+    places = part.places(dim)
+    if places is None:
+        return part.local
+    assert part.layout is not None
+    shape = list(part.local.shape)
+    shape[dim] = part.shape[dim]
+    return part.local.new_zeros(shape).index_copy(dim, places, part.local * part.layout.pieces[dim])
+
+
 def local(tensor: Tensor) -> Tensor:
     """The values of a tensor that this rank holds, in the tensor's memory.
 
@@ -238,8 +292,7 @@ def sum_over_shards(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> list
     shared = [i for i, part in enumerate(parts) if part.shards > 1]
     if not shared:
         return list(values)
-    # Every part is held by as many ranks: the world, divided by the number of parts.
-    sums = sum_over_ranks([values[i] * (parts[i].shards / world_size()) for i in shared])
+    sums = sum_over_ranks([values[i] * parts[i].share for i in shared])
     together = dict(zip(shared, sums, strict=True))
     return [together.get(i, value) for i, value in enumerate(values)]
 
@@ -253,20 +306,19 @@ def _layout(shape: torch.Size, placements: tuple[Any, ...], mesh: Any, device: t
             f"placed as {placements}: each rank holds a term of a sum. Redistribute it as Shard or Replicate."
         )
     places: list[Tensor | None] = [None] * len(shape)
-    shards = 1
+    pieces = [1] * len(shape)
     coordinates = mesh.get_coordinate()
     # FSDP2 splits what tensor parallelism has left, and marks that by a split factor: it comes last, from the right.
     plain = [i for i, placement in enumerate(placements) if not hasattr(placement, "split_factor")]
     strided = [i for i in reversed(range(len(placements))) if i not in plain]
     for i in (*plain, *strided):
         dim = getattr(placements[i], "dim", None)
-        pieces = mesh.size(i)
-        if dim is None or pieces == 1:
+        if dim is None or mesh.size(i) == 1:
             continue
         dim %= len(shape)
         before = places[dim]
         held = torch.arange(shape[dim], device=device) if before is None else before
-        chunks = torch.chunk(held, pieces)  # fewer than asked for where there is too little: the others are empty
+        chunks = torch.chunk(held, mesh.size(i))  # fewer than asked for where there is too little: the others are empty
         places[dim] = chunks[coordinates[i]] if coordinates[i] < len(chunks) else held[:0]
-        shards *= pieces
-    return Layout(shape, tuple(places), shards) if shards > 1 else None
+        pieces[dim] *= mesh.size(i)
+    return Layout(shape, tuple(places), tuple(pieces)) if math.prod(pieces) > 1 else None

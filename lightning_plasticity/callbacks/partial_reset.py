@@ -17,6 +17,7 @@ from lightning_plasticity.engine.unit_callback import UnitCallback
 from lightning_plasticity.engine.unit_sets import Reader, Table, UnitSet, weights_of_producers
 from lightning_plasticity.functional.partial_reset import reset_shares
 from lightning_plasticity.functional.redo import gradient_scores
+from lightning_plasticity.shards import by_output, inputs_read
 from lightning_plasticity.units.find import HiddenUnits
 
 
@@ -102,12 +103,10 @@ class PartialReset(UnitCallback):
 
     @override
     def _take_gradients(self, sets: Sequence[int]) -> None:
-        for i in sets:
-            sizes = self._population.gradient_sizes(i)
-            if sizes is not None:
-                # A layer with gradients that are not finite tells nothing: scores are relative to all of it.
-                scores = torch.where(sizes.isfinite().all(), gradient_scores(sizes), self._utilities[i])
-                self._utilities[i].lerp_(scores, 1 - self.decay_rate)
+        for i, sizes in self._population.gradient_sizes(sets).items():
+            # A layer with gradients that are not finite tells nothing: scores are relative to all of it.
+            scores = torch.where(sizes.isfinite().all(), gradient_scores(sizes), self._utilities[i])
+            self._utilities[i].lerp_(scores, 1 - self.decay_rate)
 
     @override
     def _measure(self, sets: Sequence[int]) -> None:
@@ -131,18 +130,18 @@ class PartialReset(UnitCallback):
         [value] = self.editor.precise([view.weight])
         value = value.clone()
         rows = view.by_output(value)
-        of_rows = _spread(shares, table.entries, view.outputs).view(-1, *(1,) * (rows.ndim - 1))
-        rows.add_(of_rows * (view.by_output(fresh) - rows))
+        of_rows = by_output(view, view.weight).take(_spread(shares, table.entries, view.outputs), 0)
+        rows.add_(of_rows.view(-1, *(1,) * (rows.ndim - 1)) * (view.by_output(fresh) - rows))
         self.editor.write([view.weight], [value])
 
     def _shrink(self, reader: Reader, shares: Tensor) -> None:
         """Shrinks what a layer multiplies these inputs by."""
-        view, columns = reader.view, reader.table.entries
+        view = reader.view
         [value] = self.editor.precise([view.weight])
         value = value.clone()
-        by_group = torch.unflatten(view.matrix(value), 0, (view.groups, -1))
-        kept = 1 - _spread(shares, columns, view.inputs).view(view.groups, 1, -1, *(1,) * (by_group.ndim - 3))
-        by_group.mul_(kept)
+        columns = view.matrix(value)
+        kept = (1 - _spread(shares, reader.table.entries, view.inputs))[inputs_read(view)]
+        columns.mul_(kept.view(*kept.shape, *(1,) * (columns.ndim - 2)))
         self.editor.write([view.weight], [value])
 
     @override

@@ -135,11 +135,13 @@ class ReDo(UnitCallback):
 
     @override
     def _take_gradients(self, sets: Sequence[int]) -> None:
-        for i in sets if self.score == "gradient" else ():
-            sizes = self._population.gradient_sizes(i) if self._decides(self._maturity.steps[i]) else None
-            if sizes is not None:
-                total, steps = self._gradients.get(i, (torch.zeros_like(sizes), 0))
-                self._gradients[i] = total + sizes, steps + 1
+        if self.score != "gradient":
+            return
+        deciding = [i for i in sets if self._decides(self._maturity.steps[i])]
+        for i, sizes in self._population.gradient_sizes(deciding).items():
+            total, steps = self._gradients.get(i, (torch.zeros_like(sizes), 0))
+            self._gradients[i] = total + sizes, steps + 1
+        for i in sets:
             if self._is_due(i) and i in self._gradients:
                 total, steps = self._gradients.pop(i)
                 self._sizes[i] = total / steps

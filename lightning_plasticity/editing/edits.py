@@ -29,7 +29,15 @@ from lightning_plasticity.editing.remainders import Remainders
 from lightning_plasticity.kernels import Tensors
 from lightning_plasticity.layer_views import LayerView, layer_at, layers_of
 from lightning_plasticity.names import submodule
-from lightning_plasticity.shards import Part, bias_by_output, by_output, local, matrix, part_of, sum_over_shards
+from lightning_plasticity.shards import (
+    bias_by_output,
+    by_output,
+    inputs_read,
+    local,
+    matrix,
+    part_of,
+    sum_over_shards,
+)
 
 T = TypeVar("T")
 _Index: TypeAlias = tuple[Tensor | slice, ...]
@@ -151,7 +159,7 @@ class Editor:
             count = len(columns) * part.shape[0] * part.shape[2:].numel()
             self._assign(layer.weight, (slice(None), here), zero, count, layer.matrix)
             return
-        chosen = _reads_one_of(columns, layer, part)
+        chosen = _reads_one_of(columns, layer)
         mask = chosen.view(*chosen.shape, *(1,) * (len(part.shape) - 2)).expand(part.local.shape)
         torch.where(mask, zero, part.local, out=part.local)
         self._state.renew_masked(layer.weight, mask)
@@ -182,10 +190,10 @@ class Editor:
             # Not a product of matrices, which may be TF32.
             shift = (used * amounts[given].to(precise)).sum(1) * layer.seen_of_kernel
         else:
-            chosen = _reads_one_of(columns, layer, part)
+            chosen = _reads_one_of(columns, layer)
             given = amounts.new_zeros(layer.inputs, dtype=precise).index_copy(0, columns, amounts.to(precise))
             used = part.local.unsqueeze(-1).flatten(2).sum(-1, dtype=precise)
-            shift = torch.where(chosen, used * given[_inputs_of(layer, part)], 0.0).sum(1)
+            shift = torch.where(chosen, used * given[inputs_read(layer)], 0.0).sum(1)
         [shift] = sum_over_shards([part.spread(shift, 0)], [layer.weight])
         bias = part_of(layer.bias)
         shift = bias.take(torch.where(shift.isfinite(), shift, 0.0), 0)
@@ -400,20 +408,10 @@ def _initial_norm(norm: nn.Module, name: str) -> dict[str, Tensor]:
     return {name: getattr(twin, name).detach().to(t.device, t.dtype) for name, t in tensors.items()}
 
 
-def _inputs_of(layer: LayerView, part: Part) -> Tensor:
-    """Which of a layer's inputs each entry of the part of its weight reads: a row for each output."""
-    device, width = part.local.device, layer.inputs // layer.groups
-    rows, columns = (
-        torch.arange(part.shape[dim], device=device) if (places := part.places(dim)) is None else places
-        for dim in (0, 1)
-    )
-    return (rows // (layer.outputs // layer.groups) * width).unsqueeze(1) + columns
-
-
-def _reads_one_of(columns: Tensor, layer: LayerView, part: Part) -> Tensor:
-    """Whether it is one of these inputs."""
+def _reads_one_of(columns: Tensor, layer: LayerView) -> Tensor:
+    """Whether each weight that is here, by output and input, is multiplied by one of these inputs."""
     chosen = torch.zeros(layer.inputs, dtype=torch.bool, device=columns.device).index_fill(0, columns, True)
-    return chosen[_inputs_of(layer, part)]
+    return chosen[inputs_read(layer)]
 
 
 def _unravelled(entries: Tensor, shape: torch.Size) -> list[Tensor]:

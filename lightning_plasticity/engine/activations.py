@@ -17,6 +17,7 @@ from lightning_plasticity.engine.forward import ModelHook, compiler_is_near, in_
 from lightning_plasticity.engine.unit_sets import Reader
 from lightning_plasticity.kernels import kernels_on
 from lightning_plasticity.layer_views import LayerView
+from lightning_plasticity.shards import heard_by_all, is_shared_out
 from lightning_plasticity.units.examining import is_examining
 
 _PIECE = 2**18  # entries
@@ -86,11 +87,15 @@ class Activations:
     def listen(self, layer: LayerView, readers: Sequence[Reader]) -> RemovableHandle:
         """Hears what a layer is given whenever it is called, for those who read it."""
         channels, dim = layer.inputs, layer.channel_dim
+        is_split = is_shared_out(layer.weight)  # perhaps by tensor parallelism
 
         def hear(x: Tensor, is_lent: bool) -> None:
             """``is_lent``: of memory that compiled code writes to again."""
             if not self.listening or not self._callback.scope_is_training or in_backward() or is_examining():
                 return
+            if is_split:
+                x = heard_by_all(x, dim)
+                check_channels(x.shape[dim], channels)
             is_only = len(readers) == 1 and readers[0].in_order and not self._with_inputs
             if is_only and self._sum_by_kernel(x, dim, readers[0].number):
                 return
@@ -236,6 +241,15 @@ class Activations:
             parts.append(torch.stack(distances).sum(0) / sum(len(x) for x in inputs))
             start = stop
         return torch.cat(parts)
+
+
+def check_channels(given: int, channels: int) -> None:
+    """Raise where a layer that is shared out is given a piece of its input that does not say which."""
+    if given != channels:
+        raise RuntimeError(
+            f"Under tensor parallelism a layer of {channels} inputs must be given a DTensor where they are split, got "
+            f"a tensor with {given}. Split the layer by RowwiseParallel of torch.distributed.tensor.parallel."
+        )
 
 
 def write_sum_of_sizes(x: Tensor, dims: list[int], out: Tensor) -> None:

@@ -18,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from lightning_plasticity import checks
-from lightning_plasticity.distributed import EqualDraws, agree_on_seed, any_rank_has, world_size
-from lightning_plasticity.editing.editable import check_trains, check_whole
+from lightning_plasticity.distributed import EqualDraws, agree_on_seed, all_ranks_have, any_rank_has, world_size
+from lightning_plasticity.editing.editable import check_own_shapes, check_trains, check_whole
 from lightning_plasticity.editing.edits import Editor, OptimizerState
 from lightning_plasticity.editing.optimizer_state import OPTIMIZER_STATES
 from lightning_plasticity.engine.examination import Examination, Question
@@ -30,6 +30,7 @@ from lightning_plasticity.engine.state import VERSION, check_state
 from lightning_plasticity.engine.steps import OptimizerSteps, is_joining, unwrapped
 from lightning_plasticity.kernels import kernels_on, use_kernels
 from lightning_plasticity.names import original
+from lightning_plasticity.shards import is_shared_out
 from lightning_plasticity.units.calls import arguments_of
 
 _MANY_CALLS = 100  # of `step` without a step of an optimizer: more than a gradient scaler skips in a row
@@ -255,6 +256,12 @@ class LoopMethod(ShowsSettings, Method, ABC):
             self.optimizer_steps = 0
         self.optimizers = [unwrapped(optimizer) for optimizer in optimizers]
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+        if any(map(is_shared_out, model.parameters())) and not all_ranks_have(shapes, device):
+            raise RuntimeError(
+                f"{type(self).__name__} needs the same network on every rank, each with its part of every parameter, "
+                "but ranks have other parameters, as in pipeline parallelism. Shard it by FSDP2 or tensor parallelism."
+            )
         # With the same seed, different methods, and the same on different modules, draw different numbers.
         seed = agree_on_seed(self.seed, device) ^ zlib.crc32(self.state_key.encode())
         self.draws = EqualDraws(seed)
@@ -274,7 +281,10 @@ class LoopMethod(ShowsSettings, Method, ABC):
 
     def _find_scope(self, model: nn.Module) -> nn.Module:
         """Looks at a model, before anything is changed, for what cannot work."""
-        check_whole(model, "Plasticity methods need")
+        if self.works_on_parts:
+            check_own_shapes(model, "Plasticity methods need")
+        else:
+            check_whole(model, f"{type(self).__name__} needs")
         if self.module is None:
             return model
         try:

@@ -13,13 +13,15 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_plasticity import checks
+from lightning_plasticity.distributed import sum_over_ranks
 from lightning_plasticity.editing.initial import InitialDistribution
 from lightning_plasticity.engine.activations import Activations, sum_of_sizes, write_sum_of_sizes
 from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.engine.unit_sets import Reader, Table, UnitSet, check_units, reader_shapes, renamed
 from lightning_plasticity.kernels import Tensors
-from lightning_plasticity.layer_views import layers_of
+from lightning_plasticity.layer_views import LayerView, layers_of
 from lightning_plasticity.names import named_modules_as_written
+from lightning_plasticity.shards import by_output, inputs_read, is_shared_out, matrix, part_of
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.find import Findings, HiddenUnits, explore
 
@@ -68,6 +70,7 @@ class Population:
         self._by_number: list[Reader] = []
         self.activations = Activations(self._callback, self._reads_sizes, self._keep_inputs)
         self._places: dict[tuple[int, ...], tuple[Index, Index]] = {}
+        self._are_shared_out = False
         self._is_plain = True  # each unit is read by one column of one layer
         self._weights: list[Tensor] = []  # of all sets
         self._outgoing = self._share_of_weight = torch.zeros(0)
@@ -154,7 +157,11 @@ class Population:
             self._is_plain &= len(readers) == 1 and readers[0].table.entries.shape[1] == 1
         self._places = {}
         self.activations.add(self._by_number[len(self._outgoing_of) :], self.zeros)
-        shares = [self.zeros(r.table.entries.numel()) + 1 / r.weights_per_column for r in self._by_number]
+        self._are_shared_out = any(map(is_shared_out, self._weights))
+        shares = [
+            self.zeros(r.table.entries.numel()) + self._share_of(r.weight) / r.weights_per_column
+            for r in self._by_number
+        ]
         self._share_of_weight = torch.cat([self.zeros(0), *shares])
         self._outgoing = self.zeros(self.columns)
         self._outgoing_of = [self._outgoing[reader.columns] for reader in self._by_number]
@@ -162,6 +169,14 @@ class Population:
         if all(reader.in_order and not reader.view.part for reader in self._by_number):
             self._read_weights = Tensors([reader.weight for reader in self._by_number])
             self._shapes = reader_shapes(self.sets, self.device)
+
+    def _share_of(self, tensor: Tensor) -> float:
+        """By what a sum over the part of a tensor is multiplied before :meth:`_over_ranks`."""
+        return part_of(tensor).share if self._are_shared_out else 1.0
+
+    def _over_ranks(self, values: list[Tensor]) -> list[Tensor]:
+        """The sums over all ranks, in one message, where parameters are shared out; otherwise each rank has it all."""
+        return sum_over_ranks(values) if self._are_shared_out else values
 
     def zeros(self, *shape: int) -> Tensor:
         """An array for averages."""
@@ -316,8 +331,8 @@ class Population:
                 sizes.copy_(reader.take(every))
         _, columns = self.places(sets)
         if isinstance(columns, slice):
-            return self._outgoing.mul_(self._share_of_weight)
-        return self._outgoing[columns] * self._share_of_weight[columns]
+            return self._over_ranks([self._outgoing.mul_(self._share_of_weight)])[0]
+        return self._over_ranks([self._outgoing[columns] * self._share_of_weight[columns]])[0]
 
     def incoming(self, sets: Sequence[int]) -> Tensor:
         """For each unit of the sets the mean size of the weights of the main row that makes it."""
@@ -325,19 +340,26 @@ class Population:
         for i in sets:
             unit_set = self.sets[i]
             main = unit_set.producers[0]
-            rows = main.layer.by_output(unit_set.weights[0].detach())[main.entries[:, 0]]
-            parts.append(rows.flatten(1).abs().mean(1, dtype=self.dtype))
-        return torch.cat(parts)
+            parts.append(self._size_by_row(main.layer, unit_set.weights[0].detach())[main.entries[:, 0]])
+        return self._over_ranks([torch.cat(parts)])[0]
 
-    def gradient_sizes(self, index: int) -> Tensor | None:
-        """For each unit of a set the mean size of the gradients of the main rows that make it; None without any."""
-        unit_set = self.sets[index]
-        gradient = unit_set.weights[0].grad
-        if gradient is None:
-            return None
-        main = unit_set.producers[0]
-        of_rows = main.layer.by_output(gradient).flatten(1).abs().mean(1, dtype=self.dtype)
-        return of_rows[main.entries].mean(1)
+    def _size_by_row(self, layer: LayerView, tensor: Tensor) -> Tensor:
+        """For each output of a layer the mean size of the entries of its row, before :meth:`_over_ranks`."""
+        part = by_output(layer, tensor)
+        sizes = part.local.flatten(1).abs().sum(1, dtype=self.dtype) / part.shape[1:].numel()
+        return part.spread(sizes, 0) * self._share_of(tensor) if self._are_shared_out else sizes
+
+    def gradient_sizes(self, sets: Sequence[int]) -> dict[int, Tensor]:
+        """For each unit of the sets, by set, the mean size of the gradients of the main rows that make it.
+
+        Of those sets that have gradients.
+        """
+        sizes = {}
+        for i in sets:
+            gradient, main = self.sets[i].weights[0].grad, self.sets[i].producers[0]
+            if gradient is not None:
+                sizes[i] = self._size_by_row(main.layer, gradient)[main.entries].mean(1)
+        return dict(zip(sizes, self._over_ranks(list(sizes.values())), strict=True))
 
     def replace(
         self, chosen: Mapping[int, Tensor], initial: InitialDistribution, compensate: Mapping[int, Sequence[Tensor]]
@@ -387,10 +409,24 @@ def average_in(average: Tensor, places: Index, values: Tensor, weight: float) ->
 
 def _write_size_by_column(reader: Reader, out: Tensor) -> None:
     """Writes, for each input of a layer, the sum of the sizes of the weights that it is multiplied by."""
-    weight = reader.view.matrix(reader.weight)
+    part = matrix(reader.view, reader.weight)
+    if part.shards > 1 and reader.groups > 1:  # the rows of a group may be on several ranks
+        sizes = part.local.flatten(2).abs().sum(2, dtype=out.dtype)
+        out.zero_().index_add_(0, inputs_read(reader.view).flatten(), sizes.flatten())
+        return
+    if part.places(1) is not None:
+        of_part = out.new_empty(part.local.shape[1])
+        _write_size_of_columns(part.local, 1, of_part)
+        out.copy_(part.spread(of_part, 1))
+        return
+    _write_size_of_columns(part.local, reader.groups, out)
+
+
+def _write_size_of_columns(weight: Tensor, groups: int, out: Tensor) -> None:
+    """For a weight with the outputs first."""
     dims = weight.ndim
-    if reader.groups > 1:
-        weight, out = torch.unflatten(weight, 0, (reader.groups, -1)), out.view(reader.groups, -1)
+    if groups > 1:
+        weight, out = torch.unflatten(weight, 0, (groups, -1)), out.view(groups, -1)
     first = weight.ndim - dims  # 1 with a dimension for groups
     if not weight.is_cpu or weight.ndim == 2:
         write_sum_of_sizes(weight, [d for d in range(weight.ndim) if d not in (first - 1, first + 1)], out)

@@ -83,7 +83,7 @@ def _compare(method: str, given: Any, own: Any, where: str) -> None:
         raise _misfit(method, where, _kind(own), _kind(given))
     if isinstance(own, Tensor):
         # What differs from rank to rank has a dimension for them, and their number may have changed.
-        by_rank = own.ndim > 0 and len(own) == world_size() and given.ndim > 0 and len(given) > 0
+        by_rank = own.ndim > 0 and len(own) in (1, world_size()) and given.ndim > 0 and len(given) > 0
         if given.shape != own.shape and not (by_rank and given.shape[1:] == own.shape[1:]):
             raise _misfit(method, where, f"of shape {tuple(own.shape)}", f"{tuple(given.shape)}")
     elif isinstance(own, Mapping):

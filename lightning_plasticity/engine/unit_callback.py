@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_plasticity import checks
-from lightning_plasticity.distributed import gather_over_ranks, share_of_this_rank
+from lightning_plasticity.distributed import gather_over_ranks, share_of_this_rank, sum_over_ranks, world_size
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.engine.examination import Part
@@ -23,6 +23,8 @@ from lightning_plasticity.engine.unit_sets import UnitSet
 from lightning_plasticity.kernels import Tensors
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.find import HiddenUnits
+
+_FEW = 8  # ranks
 
 
 class UnitCallback(PlasticityCallback):
@@ -45,6 +47,7 @@ class UnitCallback(PlasticityCallback):
         module, optimizer_state, seed: see :class:`PlasticityCallback`.
     """
 
+    works_on_parts = True
     per_unit: ClassVar[tuple[str, ...]] = ()
     per_column: ClassVar[tuple[str, ...]] = ()
 
@@ -206,9 +209,8 @@ class UnitCallback(PlasticityCallback):
     def _state(self) -> dict[str, Any]:
         population = self._population
         names = (*self.per_unit, *self.per_column)
-        *averages, sums, rows = gather_over_ranks(
-            [*(self._averages[name] for name in names), *population.activations.state()]
-        )
+        of_rank = [*(self._averages[name] for name in names), *population.activations.state()]
+        *averages, sums, rows = gather_over_ranks(of_rank) if world_size() <= _FEW else _mean_over_ranks(of_rank)
         by_average = dict(zip(names, averages, strict=True))
         sets = {}
         for i, unit_set in enumerate(population.sets[: self._sets]):
@@ -245,3 +247,12 @@ class UnitCallback(PlasticityCallback):
         rows = share_of_this_rank(state["heard"]["rows"].double()).round().int().tolist()
         self._population.activations.restore(unit_set.readers, share_of_this_rank(state["heard"]["sums"]), rows)
         self._restore_set(index, state)
+
+
+def _mean_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """In the form of ``gather_over_ranks``, as if of one rank, so that a checkpoint does not grow with their number.
+
+    All that is decided is decided by means over ranks. From a checkpoint each rank goes on from the mean: the same
+    course, to rounding.
+    """
+    return [(total.double() / world_size()).to(total.dtype)[None] for total in sum_over_ranks(tensors)]

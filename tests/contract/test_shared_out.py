@@ -1,0 +1,103 @@
+"""Networks that no rank holds whole: the course of a method is that on one device, to rounding.
+
+Every rank that shares the batch has other data. On one device the same batches are accumulated, one after another, so
+that batch norm sees what it sees on each rank.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from ranks import on_ranks
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from contract.shared_out import BOTH, FSDP_2, FSDP_4, HSDP, NETS, TENSORS_2, Way, batch
+from lightning_plasticity import ActivationReset, ContinualBackprop, PartialReset, ReDo, SelfNormalizedReset
+from lightning_plasticity.engine.base import PlasticityCallback
+from lightning_plasticity.engine.unit_callback import UnitCallback
+from lightning_plasticity.functional.activation_reset import ActivationStrategy
+from lightning_plasticity.shards import local, whole
+
+STEPS = 60
+METHODS: dict[str, Callable[[], PlasticityCallback]] = {
+    "ContinualBackprop": partial(ContinualBackprop, 0.02, 5, seed=1),
+    "ContinualBackprop, adaptable": partial(ContinualBackprop, 0.02, 5, utility="adaptation", init="quantiles", seed=1),
+    "ActivationReset": partial(ActivationReset, ActivationStrategy(0.01, 0.01, -0.5, 0.5), maturity_threshold=5),
+    "ReDo": partial(ReDo, 0.4, 10, seed=1),
+    "ReDo by gradient": partial(ReDo, 0.4, 10, score="gradient", score_steps=3, optimizer_state="reset", seed=1),
+    "PartialReset": partial(PartialReset, 0.3, 10, seed=1),
+    "SelfNormalizedReset": partial(
+        SelfNormalizedReset, 0.2, every_n_train_steps=10, min_silence=1, max_silence=4, seed=1
+    ),
+}
+
+
+def course(method: PlasticityCallback, model: nn.Module, parts: list[int], examples: Any) -> dict[str, Any]:
+    """A plain loop; for each step which units were new, and at the end all weights, put together."""
+    # A bias before batch norm has gradients of 0 but for rounding, which without eps Adam would make as large as any.
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, eps=1e-6)
+    method.attach(model, optimizer, examples)
+    chosen: list[Any] = []
+    acted = False
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for part in parts:
+            x, y = batch(step, part)
+            (cross_entropy(model(x), y) / len(parts)).backward()
+        optimizer.step()
+        before = local(next(model.parameters())).detach().clone()
+        method.step()
+        acted |= not torch.equal(before, local(next(model.parameters())))
+        if isinstance(method, UnitCallback):
+            chosen.append((method._numbers().get("replaced"), (method._ages.now() == 0).nonzero().squeeze(1).tolist()))
+    weights = {name: whole(p).detach() for name, p in model.named_parameters()}
+    method.detach()
+    return {"chosen": chosen, "weights": weights, "acted": acted}
+
+
+WAYS = {2: [FSDP_2, TENSORS_2], 4: [BOTH, FSDP_4, HSDP]}
+
+
+def cases(way: Way) -> Iterator[tuple[str, str]]:
+    """Every method on the MLP under each kind of sharing out, and one of them everywhere."""
+    for kind in NETS:
+        for name in METHODS:
+            if (kind == "MLP" and way not in (FSDP_4, HSDP)) or name == "ContinualBackprop":
+                yield kind, name
+
+
+def courses(rank: int, ways: list[Way]) -> dict[Any, Any]:
+    got = {}
+    for way in ways:
+        part = rank // way.tensors
+        for kind, name in cases(way):
+            got[str(way), kind, name] = course(METHODS[name](), way.share_out(NETS[kind]), [part], (batch(0, part)[0],))
+    return got
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return WAYS[request.param], on_ranks(
+        request.param, courses, tmp_path_factory.mktemp("ranks"), WAYS[request.param], seconds=1200
+    )
+
+
+def relative_difference(got: Tensor, wanted: Tensor) -> float:
+    return float((got - wanted).abs().max() / wanted.abs().max())
+
+
+def test_the_course_is_that_of_one_device(ranks: Any) -> None:
+    ways, results = ranks
+    for way in ways:
+        for kind, name in cases(way):
+            parts = list(range(way.data * way.copies))
+            alone = course(METHODS[name](), NETS[kind].seeded(), parts, (batch(0, 0)[0],))
+            assert alone["acted"], (kind, name)
+            for rank in results:
+                got = rank[str(way), kind, name]
+                assert got["chosen"] == alone["chosen"], (way, kind, name)
+                for parameter, wanted in alone["weights"].items():
+                    assert relative_difference(got["weights"][parameter], wanted) < 1e-9, (way, kind, name, parameter)
