@@ -26,8 +26,8 @@ METHODS: dict[str, Callable[[], PlasticityCallback]] = {
     "ContinualBackprop": partial(ContinualBackprop, 0.02, 5, seed=1),
     "ContinualBackprop, adaptable": partial(ContinualBackprop, 0.02, 5, utility="adaptation", init="quantiles", seed=1),
     "ActivationReset": partial(ActivationReset, ActivationStrategy(0.01, 0.01, -0.5, 0.5), maturity_threshold=5),
-    "ReDo": partial(ReDo, 0.4, 10, seed=1),
-    "ReDo by gradient": partial(ReDo, 0.4, 10, score="gradient", score_steps=3, optimizer_state="reset", seed=1),
+    "ReDo": partial(ReDo, 0.7, 10, seed=1),
+    "ReDo by gradient": partial(ReDo, 0.7, 10, score="gradient", score_steps=3, optimizer_state="reset", seed=1),
     "PartialReset": partial(PartialReset, 0.3, 10, seed=1),
     "SelfNormalizedReset": partial(
         SelfNormalizedReset, 0.2, every_n_train_steps=10, min_silence=1, max_silence=4, seed=1
@@ -48,9 +48,9 @@ def course(method: PlasticityCallback, model: nn.Module, parts: list[int], examp
             x, y = batch(step, part)
             (cross_entropy(model(x), y) / len(parts)).backward()
         optimizer.step()
-        before = local(next(model.parameters())).detach().clone()
+        before = [local(p).detach().clone() for p in model.parameters()]
         method.step()
-        acted |= not torch.equal(before, local(next(model.parameters())))
+        acted |= not all(map(torch.equal, before, map(local, model.parameters())))
         if isinstance(method, UnitCallback):
             chosen.append((method._numbers().get("replaced"), (method._ages.now() == 0).nonzero().squeeze(1).tolist()))
     weights = {name: whole(p).detach() for name, p in model.named_parameters()}
