@@ -49,14 +49,13 @@ PAGES = {
         "api/{}.html": [
             "lightning.pytorch.callbacks.Callback",
             "lightning.pytorch.callbacks.ModelCheckpoint",
-        ],
-        "common/lightning_module.html": ["lightning.pytorch.core.LightningModule"],
-        "common/trainer.html": ["lightning.pytorch.trainer.trainer.Trainer"],
+            "lightning.pytorch.core.LightningModule",
+            "lightning.pytorch.trainer.trainer.Trainer",
+        ]
     },
     "torchmetrics": {"references/metric.html": ["torchmetrics.Metric"]},
     "matplotlib": {
-        "api/figure_api.html": ["matplotlib.figure.Figure"],
-        "api/axes_api.html": ["matplotlib.axes.Axes"],
+        "api/_as_gen/{}.html": ["matplotlib.axes.Axes", "matplotlib.figure.Figure"]
     },
 }
 

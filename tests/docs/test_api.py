@@ -2,11 +2,14 @@
 
 import importlib
 import re
+import runpy
+import zlib
 from pathlib import Path
 
 import pytest
 
-API = Path(__file__).parents[2] / "docs" / "api"
+DOCS = Path(__file__).parents[2] / "docs"
+API = DOCS / "api"
 # Which page has the names of which room.
 PAGES = {
     "lightning_plasticity": "methods.md, measures.md or units.md",
@@ -61,3 +64,15 @@ def test_every_method_has_a_reference():
         name: found(f"lightning_plasticity.{name}").__doc__ for name in methods if name != "PlasticityMonitor"
     }
     assert {name for name, text in docstrings.items() if not re.search("References?:\n", text)} == set()
+
+
+def test_names_of_other_projects_are_those_that_are_installed():
+    script = runpy.run_path(str(DOCS / "inventories.py"))
+    assert {path.stem for path in DOCS.glob("inventories/*.inv")} == script["PAGES"].keys()
+    for project in script["PAGES"]:
+        kept, made = (
+            zlib.decompress(text.split(b"zlib.\n")[1])
+            for text in ((DOCS / f"inventories/{project}.inv").read_bytes(), script["inventory"](project))
+        )
+        assert kept == made, "run python docs/inventories.py"
+        assert kept

@@ -54,3 +54,10 @@ def test_the_checker_of_the_site_sees_what_leads_nowhere(tmp_path):
         "b.html: a.html#nowhere names a place that is not on that page",
         "2 pages, 3 broken links",
     ]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_tests_that_a_page_names_exist(path):
+    for file, name in re.findall(r"`([\w/]+\.py)::(\w+)`", path.read_text()):
+        found = [one for one in (ROOT / "tests").rglob("*.py") if one.as_posix().endswith(f"/{file}")]
+        assert any(f"def {name}(" in one.read_text() for one in found), f"no {file} under tests has {name}"
