@@ -7,9 +7,8 @@ On an accelerator a small operation takes as long as its launch, whatever the si
 operations tells what a method adds to a step. They are counted in an ordinary step, in which nothing is replaced or
 reset, of ResNet-50, ViT-B/16 and a multi-layer perceptron with AdamW; small images give the same counts as large ones.
 Views and new memory are not counted. An operation over a list of tensors (``_foreach_``) counts once where CUDA has a
-fused kernel for it, and once for each tensor where the shapes of its lists differ, for which it has none. Every launch
-of a kernel of Triton counts once. What runs is the path for accelerators, on the CPU: tensors say that they are on
-none.
+fused kernel for it, and once for each tensor where the shapes of its lists differ, for which it has none. What runs is
+the path for accelerators, on the CPU: tensors say that they are elsewhere.
 """
 
 import argparse
@@ -18,7 +17,7 @@ import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,6 +29,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_plasticity as plasticity
+from lightning_plasticity.kernels import use_kernels
 
 SELDOM = {"every_n_train_steps": 1000}
 METHODS: dict[str, Callable[[], Any]] = {
@@ -108,7 +108,7 @@ def count(network: Callable[[], nn.Module], shape: tuple[int, ...], method: Any 
         if method is not None:
             method.attach(model, optimizer, example_inputs=(x,))
         for _ in range(4):
-            with Counts() as counts, counting_triton(counts):
+            with Counts() as counts:
                 optimizer.zero_grad()
                 F.cross_entropy(model(x), y).backward()
                 optimizer.step()
@@ -122,12 +122,6 @@ def count(network: Callable[[], nn.Module], shape: tuple[int, ...], method: Any 
 def as_on_an_accelerator() -> contextlib.AbstractContextManager[Any]:
     """Tensors say that they are not on the CPU."""
     return patch.object(torch.Tensor, "is_cpu", False)
-
-
-@contextlib.contextmanager
-def counting_triton(counts: Counts) -> Iterator[None]:
-    """Counts launches of Triton's kernels, of which there are none yet."""
-    yield
 
 
 def report(found: dict[str, Any]) -> str:
@@ -158,6 +152,7 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    use_kernels(False)  # those of the CPU
     file = Path(__file__).with_suffix(".json")
     found = json.loads(file.read_text()) if file.exists() else {}
     for name in options.network:

@@ -7,8 +7,12 @@
 A network is trained beside twins of it, each with one callback in its default settings; they start from the same
 weights and see the same data. The twins take turns within one process: in each round every callback's twin trains for
 a block of steps just before or just after the plain one, in drawn order, and the ratio of the two times is one sample.
-Garbage is collected between blocks only. The tables give the median of the samples and their quartiles. What happens
-rarely, such as replacing units, is part of the blocks in which it happens; "of all time" is the ratio of all blocks
+Garbage is collected between blocks only. "Continual Backprop in plain operations" is no method of this library: it is
+the same method, written from its description as one update for each layer without regard to cost, as research code is;
+the authors' own code is not used. Numba's kernels are used where Numba is installed, and with
+`LIGHTNING_PLASTICITY_KERNELS=off` before the command nowhere. The tables give the median of the samples and their
+quartiles. What happens rarely, such as replacing units, is part of the blocks in which it happens;
+"of all time" is the ratio of all blocks
 added up. Memory is the largest resident size of a process of its own, or of the tensors on a GPU, above what it was
 with the network loaded.
 
@@ -36,10 +40,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -55,16 +61,68 @@ import lightning_plasticity as plasticity
 Batches = Sequence[tuple[Tensor, Tensor]]
 Row = dict[str, Any]
 
+
+class EagerContinualBackprop:
+    """Continual Backprop of a chain of linear layers, as one update for each of them: what others are compared with."""
+
+    rate, maturity_threshold, decay = 1e-4, 100, 0.99
+
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer, example_inputs: Any) -> None:
+        """Starts to listen."""
+        del optimizer, example_inputs
+        layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+        self._pairs = list(itertools.pairwise(layers))
+        zeros = [torch.zeros(layer.out_features) for layer in layers[:-1]]
+        self._utility, self._mean, self._age = ([z.clone() for z in zeros] for _ in range(3))
+        self._earned, self._heard = [0.0] * len(zeros), list(zeros)
+        for i, layer in enumerate(layers[1:]):
+            layer.register_forward_pre_hook(lambda _, args, i=i: self._heard.__setitem__(i, args[0].detach()))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Acts once."""
+        for i, (made_by, read_by) in enumerate(self._pairs):
+            activation, age = self._heard[i], self._age[i]
+            age += 1
+            self._mean[i].mul_(self.decay).add_((1 - self.decay) * activation.mean(0))
+            contribution = read_by.weight.abs().mean(0) * activation.abs().mean(0)
+            self._utility[i].mul_(self.decay).add_((1 - self.decay) * contribution)
+            correction = 1 - self.decay**age
+            eligible = (age > self.maturity_threshold).nonzero().squeeze(1)
+            if len(eligible) == 0:
+                continue
+            self._earned[i] += self.rate * len(eligible)
+            count = int(self._earned[i])
+            self._earned[i] -= count
+            if count:
+                utility = (self._utility[i] / correction)[eligible]
+                self._replace(i, eligible[utility.topk(count, largest=False).indices], correction, made_by, read_by)
+
+    def _replace(self, i: int, units: Tensor, correction: Tensor, made_by: nn.Linear, read_by: nn.Linear) -> None:
+        read_by.bias += (read_by.weight[:, units] * (self._mean[i] / correction)[units]).sum(1)
+        bound = made_by.in_features**-0.5
+        made_by.weight[units] = torch.empty(len(units), made_by.in_features).uniform_(-bound, bound)
+        made_by.bias[units] = 0.0
+        read_by.weight[:, units] = 0.0
+        for kept in (self._utility[i], self._mean[i], self._age[i]):
+            kept[units] = 0.0
+
+    def detach(self) -> None:
+        """Has nothing to let go of."""
+
+
+EAGER = "Continual Backprop in plain operations"
 METHODS: dict[str, Callable[[], Any]] = {
     "ContinualBackprop": lambda: plasticity.ContinualBackprop(seed=0),
     "ActivationReset": lambda: plasticity.ActivationReset(seed=0),
     "SoftWeightRescaling": plasticity.SoftWeightRescaling,
     "PlasticityMonitor": lambda: plasticity.PlasticityMonitor(figures=False),  # due as the epoch ends: after all blocks
     "an empty Callback": Callback,  # what a Trainer takes for any
+    EAGER: EagerContinualBackprop,
 }
-LOOP_METHODS = [name for name in METHODS if name not in ("PlasticityMonitor", "an empty Callback")]
+LOOP_METHODS = [name for name in METHODS if name not in ("PlasticityMonitor", "an empty Callback", EAGER)]
 MONITOR = {"PlasticityMonitor": 1.01}
-MLP1 = {"ContinualBackprop": 1.40, "ActivationReset": 1.35, "SoftWeightRescaling": 1.20}
+MLP1 = {"ContinualBackprop": 1.15, "ActivationReset": 1.15, "SoftWeightRescaling": 1.10}
 
 
 def mlp(width: int = 100, layers: int = 3) -> nn.Module:
@@ -88,6 +146,8 @@ class Case:
     on: str = "cpu"  # where the targets are meant; "cuda": run there only, in bf16-mixed
     parts: int = 0  # how many units or layers there are, where the cost is to be given per part
     ranks: int = 1
+    threads: int = 1  # on the CPU
+    is_chain: bool = False  # of linear layers, which is all that the method in plain operations knows
 
     @property
     def title(self) -> str:
@@ -99,23 +159,30 @@ class Case:
 RESNET18, RESNET50, VIT = torchvision.models.resnet18, torchvision.models.resnet50, torchvision.models.vit_b_16
 SMALL, LARGE = (32, 3, 64, 64), (64, 3, 224, 224)
 ON_GPU = {"trainer": True, "on": "cuda", "steps": 10}
+
+
+def vit_tiny() -> nn.Module:
+    return timm.create_model("vit_tiny_patch16_224", num_classes=10)
+
+
 CASES = {
-    "mlp1-loop": Case(mlp, (1, 784), MLP1),
-    "mlp10-loop": Case(mlp, (10, 784)),
-    "mlp100-loop": Case(mlp, (100, 784)),
-    "mlp1-trainer": Case(mlp, (1, 784), {"each": 1.12, **MONITOR}, trainer=True),
-    "mlp100-trainer": Case(mlp, (100, 784), {"each": 1.05, **MONITOR}, trainer=True),
-    "resnet18-64-32": Case(RESNET18, SMALL, {"each": 1.03}, steps=1, rounds=40),
-    "resnet18-64-32-trainer": Case(RESNET18, SMALL, {"each": 1.03, **MONITOR}, steps=1, rounds=40, trainer=True),
+    "mlp1-loop": Case(mlp, (1, 784), MLP1, is_chain=True),
+    "mlp10-loop": Case(mlp, (10, 784), is_chain=True),
+    "mlp100-loop": Case(mlp, (100, 784), {"each": 1.08}, rounds=40, is_chain=True),
+    "mlp2000-loop": Case(lambda: mlp(2000, 2), (1, 784), {"each": 1.10}, steps=20, rounds=40, is_chain=True),
+    "mlp1-trainer": Case(mlp, (1, 784), {"each": 1.08, **MONITOR}, rounds=40, trainer=True),
+    "mlp100-trainer": Case(mlp, (100, 784), {"each": 1.05, **MONITOR}, rounds=40, trainer=True),
+    "resnet18-64-32": Case(RESNET18, SMALL, {"each": 1.02}, steps=1, rounds=25, threads=2),
+    "vit_tiny-224-8": Case(vit_tiny, (8, 3, 224, 224), {"each": 1.02}, steps=1, rounds=25, threads=2),
     "resnet50-224-64": Case(RESNET50, LARGE, {"each": 1.02, **MONITOR}, **ON_GPU),
     "vit_b_16-224-64": Case(VIT, LARGE, {"each": 1.02, **MONITOR}, **ON_GPU),
 }
-for n in (128, 512, 2048, 8192):
-    CASES[f"width{n}"] = Case(lambda n=n: mlp(n, 1), (1, 784), {}, min(100, 100_000 // n), rounds=20, parts=n)
-for n in (3, 10, 30, 100, 300):
-    CASES[f"depth{n}"] = Case(lambda n=n: mlp(32, n), (1, 784), {}, max(5, 300 // n), rounds=20, parts=n)
-CASES["ranks-mlp1"] = Case(mlp, (1, 784), MLP1, ranks=2)
-CASES["ranks-resnet18-64-8"] = Case(RESNET18, (8, 3, 64, 64), {"each": 1.03}, steps=1, rounds=40, ranks=2)
+for n in (128, 512, 2048):
+    CASES[f"width{n}"] = Case(lambda n=n: mlp(n, 1), (1, 784), {}, min(100, 100_000 // n), rounds=15, parts=n)
+for n in (3, 30, 300):
+    CASES[f"depth{n}"] = Case(lambda n=n: mlp(32, n), (1, 784), {}, max(5, 300 // n), rounds=15, parts=n)
+CASES["ranks-mlp1"] = Case(mlp, (1, 784), MLP1, rounds=20, ranks=2)
+CASES["ranks-resnet18-64-8"] = Case(RESNET18, (8, 3, 64, 64), {"each": 1.02}, steps=1, rounds=20, ranks=2)
 
 
 # ---- twins
@@ -245,8 +312,9 @@ def compare(case: Case, methods: Sequence[str], options: argparse.Namespace) -> 
     for one in everyone:
         one.train(2)  # methods find units, which discards what was compiled before
     collectives = [count_collectives(one) for one in everyone] if case.ranks > 1 else []
-    for one in everyone:
-        one.train(3 if options.quick and case.steps == 1 else 105)  # from now on units are old enough to be replaced
+    for name, one in twins.items():
+        has_ages = name in ("ContinualBackprop", "ActivationReset", EAGER) and not (options.quick and case.steps == 1)
+        one.train(105 if has_ages else 3)  # from now on units are old enough to be replaced
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
     draw = random.Random(0)
     gc.collect()
@@ -304,7 +372,11 @@ def count_collectives(twin: LoopTwin | TrainerTwin, steps: int = 10) -> float:
 
 
 def step_rows(name: str, options: argparse.Namespace) -> list[Row]:
-    methods = [method for method in options.method if CASES[name].trainer or method in LOOP_METHODS]
+    case, methods = CASES[name], options.method
+    if not case.trainer:
+        methods = [m for m in methods if m in LOOP_METHODS or (m == EAGER and case.is_chain)]
+    else:
+        methods = [m for m in methods if m != EAGER]
     if CASES[name].ranks == 1:
         return compare(CASES[name], methods, options)
     with tempfile.TemporaryDirectory() as folder:
@@ -337,8 +409,8 @@ def train_thrice(model: nn.Module, method: str, options: argparse.Namespace) -> 
     LoopTwin(model, batches, METHODS[method]() if method in METHODS else None).train(3)
 
 
-def find(model: nn.Module, method: str, options: argparse.Namespace) -> None:
-    plasticity.find_units(model, torch.zeros(1, 3, 224, 224, device=options.device))
+def find(model: nn.Module, method: str, options: argparse.Namespace, size: int = 224) -> None:
+    plasticity.find_units(model, torch.zeros(1, 3, size, size, device=options.device))
 
 
 def reinit(model: nn.Module, case: str, options: argparse.Namespace) -> None:
@@ -357,11 +429,11 @@ class Act:
 
 
 MEMORY = "Memory of three training steps, ResNet-50 at 224x224 (batch 16 on the CPU, 64 on a GPU)"
-ONCE = "What happens once (the largest weight of ViT-B/16 takes 9 MiB)"
+ONCE = "What happens once: find_units (ResNet-50 at 64x64), and reinit (the largest weight of ViT-B/16 takes 9 MiB)"
 ACTS = {
     "memory-resnet50": Act(MEMORY, RESNET50, train_thrice, ["plain", *LOOP_METHODS]),
-    "find-resnet50": Act(ONCE, RESNET50, find, ["find_units"]),
-    "find-vit_b_16": Act(ONCE, VIT, find, ["find_units"]),
+    "find-resnet50": Act(ONCE, RESNET50, partial(find, size=64), ["find_units"], seconds=2.0),
+    "find-vit_b_16": Act(ONCE, VIT, find, ["find_units"], seconds=8.0),
     "reinit-vit_b_16": Act(ONCE, VIT, reinit, ["10M", "10MN"], seconds=2.0),
 }
 
@@ -460,10 +532,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--case", nargs="+", default=["*"], help=f"names or patterns of: {', '.join(TITLES)}")
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=1, help="of each process, on the CPU")
+    parser.add_argument("--threads", type=int, help="of each process, on the CPU; by default each case has its own")
     parser.add_argument("--compile", action="store_true", help="compile the networks")
     parser.add_argument("--rounds", type=int, help="at least 2; by default each case has its own number")
     parser.add_argument("--quick", action="store_true", help="few rounds; nothing is written without --output")
+    parser.add_argument("--anew", action="store_true", help="forget all earlier results")
     parser.add_argument("--output", type=Path, help="the results, without suffix (default: beside this file)")
     options = parser.parse_args(arguments)
     if options.rounds is not None and options.rounds < 2:
@@ -472,7 +545,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = [name for name in fitting if can_run(name, options)]
     if not chosen:
         parser.error(f"none of {fitting or ' '.join(options.case)} can be run on {options.device}")
-    set_up(options)
     if options.compile:
         try:
             torch.compile(lambda x: x + 1)(torch.zeros(2, device=options.device))
@@ -483,7 +555,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = name_of(options.device)
     output = options.output or (None if options.quick else Path(__file__).with_suffix(""))
     print(f"{device}, torch {torch.__version__}")
+    if options.anew and output is not None:
+        output.with_suffix(".json").unlink(missing_ok=True)
+    own_threads = options.threads
     for name in chosen:
+        options.threads = own_threads or getattr((CASES | ACTS)[name], "threads", 1)
+        set_up(options)
         key = {"case": name, "compiled": "yes" if options.compile else "no", "threads": options.threads}
         rows = [key | row | about for row in (step_rows if name in CASES else act_rows)(name, options)]
         print(f"\n{report(rows)}", flush=True)

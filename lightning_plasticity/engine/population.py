@@ -71,6 +71,7 @@ class Population:
         self.activations = Activations(self._callback, self._reads_sizes, self._keep_inputs)
         self._places: dict[tuple[int, ...], tuple[Index, Index]] = {}
         self._are_shared_out = False
+        self._consumers = torch.zeros(0)  # how many each unit has
         self._is_plain = True  # each unit is read by one column of one layer
         self._weights: list[Tensor] = []  # of all sets
         self._outgoing = self._share_of_weight = torch.zeros(0)
@@ -156,6 +157,8 @@ class Population:
             self._weights += weights
             self._is_plain &= len(readers) == 1 and readers[0].table.entries.shape[1] == 1
         self._places = {}
+        counts = [self.zeros(unit_set.units.size) + len(unit_set.readers) for unit_set in self.sets]
+        self._consumers = torch.cat([self.zeros(0), *counts])
         self.activations.add(self._by_number[len(self._outgoing_of) :], self.zeros)
         self._are_shared_out = any(map(is_shared_out, self._weights))
         shares = [
@@ -296,12 +299,8 @@ class Population:
         """Like ``per_unit``, but the mean over consumers."""
         if self._is_plain:
             return values
-        added = self.per_unit(values, sets)
-        counts = {len(self.sets[i].readers) for i in sets}
-        if len(counts) == 1:
-            return added / counts.pop()
-        parts = torch.split(added, [self.sets[i].units.size for i in sets])
-        return torch.cat([part / len(self.sets[i].readers) for i, part in zip(sets, parts, strict=True)])
+        units, _ = self.places(sets)
+        return self.per_unit(values, sets) / self._consumers[units]
 
     # ---- weights
 
