@@ -6,19 +6,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
-from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.hooks import RemovableHandle
 
+from lightning_plasticity.layer_views.home_made import home_made
+
 Given: TypeAlias = Callable[[Sequence[Any], Mapping[str, Any], Any], Tensor]
 
 TORCH_LAYERS = (nn.Linear, _ConvNd)
-
-# whether the weight is transposed, for modules of other types; None where they are no linear layer
-_others: WeakKeyDictionary[nn.Module, bool | None] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +29,7 @@ class LayerView:
     Attributes:
         layer: the module.
         transposed: whether the weight has the inputs in its first dimension and the outputs in its second.
+        groups: those of a convolution.
         part: what to add to the module's name where it holds several layers.
         weight_name, bias_name: of the module's parameters.
         rows, bias_rows: which part of their first dimension is this layer's.
@@ -50,6 +48,7 @@ class LayerView:
 
     layer: nn.Module
     transposed: bool = False
+    groups: int = 1
     part: str = ""
     weight_name: str = "weight"
     bias_name: str = "bias"
@@ -127,11 +126,6 @@ class LayerView:
         return [weight, self.bias if self.bias_rows == slice(None) else self.bias[self.bias_rows]]
 
     @property
-    def groups(self) -> int:
-        """Those of a convolution; otherwise 1."""
-        return self.layer.groups if isinstance(self.layer, _ConvNd) else 1
-
-    @property
     def outputs(self) -> int:
         """How many output features or channels."""
         if isinstance(self.layer, TORCH_LAYERS):
@@ -143,7 +137,7 @@ class LayerView:
         """How many input features or channels."""
         if isinstance(self.layer, TORCH_LAYERS):
             return self.layer.in_channels if isinstance(self.layer, _ConvNd) else self.layer.in_features
-        return self.matrix(self.weight).shape[1]
+        return self.matrix(self.weight).shape[1] * self.groups
 
     @property
     def seen_of_kernel(self) -> float:
@@ -153,17 +147,20 @@ class LayerView:
     @property
     def channel_dim(self) -> int:
         """The dimension of features or channels, from the end: inputs may come without a batch."""
-        return -1 - len(self.layer.kernel_size) if isinstance(self.layer, _ConvNd) else -1
+        if isinstance(self.layer, TORCH_LAYERS):
+            return -1 - len(self.layer.kernel_size) if isinstance(self.layer, _ConvNd) else -1
+        return 1 - self.weight.ndim
 
 
 def view_of(module: nn.Module) -> LayerView | None:
     """How a layer holds its weight, None where a module is no linear or convolution layer.
 
-    Torch's layers are told by their type. A module of another type is a linear layer if that is what it does: it has a
-    ``weight`` of two dimensions, perhaps a ``bias``, nothing else, and with other numbers in them it gives what
-    ``linear`` gives with these, with the weight as it is or transposed (GPT-2's ``Conv1D``).
+    Torch's layers are told by their type. A module of another type is a layer if that is what it does: it has a
+    ``weight``, perhaps a ``bias``, nothing else, and with other numbers in them it gives what ``linear`` gives with
+    these, with the weight as it is or transposed (GPT-2's ``Conv1D``), or what a convolution gives.
 
     Example:
+        >>> import torch
         >>> class Own(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
@@ -173,47 +170,9 @@ def view_of(module: nn.Module) -> LayerView | None:
         >>> view_of(Own()).transposed, view_of(nn.LayerNorm(2))
         (True, None)
     """
-    if isinstance(module, TORCH_LAYERS):
-        return LayerView(module, isinstance(module, _ConvTransposeNd))
-    if not _could_be_linear(module):
-        return None
-    if module not in _others:
-        _others[module] = next((way for way in (False, True) if _is_linear(module, way)), None)
-    transposed = _others[module]
-    return None if transposed is None else LayerView(module, transposed)
-
-
-def _could_be_linear(module: nn.Module) -> bool:
-    weight, own = module._parameters.get("weight"), {key for key, p in module._parameters.items() if p is not None}
-    if weight is None or nn.parameter.is_lazy(weight) or weight.ndim != 2 or not weight.is_floating_point():
-        return False
-    alone = not module._buffers and not any(True for _ in module.children())
-    return alone and own <= {"weight", "bias"} and not isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-
-
-@torch.no_grad()
-def _is_linear(module: nn.Module, transposed: bool) -> bool:
-    """Whether a module gives what ``linear`` gives, tried with made-up numbers in one of the two ways round."""
-    generator = torch.Generator().manual_seed(0)
-
-    def quarters(*shape: int) -> Tensor:  # whose products and sums float32 holds without rounding in any order
-        weight = own["weight"]
-        return torch.randint(-7, 8, shape, generator=generator).div(4).to(weight.device, weight.dtype)
-
-    own = {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
-    numbers = {key: nn.Parameter(quarters(*parameter.shape), requires_grad=False) for key, parameter in own.items()}
-    rows = numbers["weight"].transpose(0, 1) if transposed else numbers["weight"]
-    x, bias, training = quarters(1, 3, rows.shape[1]), numbers.get("bias"), module.training
-    module._parameters.update(numbers)
-    module.training = False
-    try:
-        with torch.autocast(x.device.type, enabled=False), torch.random.fork_rng(devices=[]):
-            given = module.forward(x)  # without hooks
-        expected = torch.nn.functional.linear(x, rows, bias)
-        precision = 8 * torch.finfo(x.dtype).eps
-        return isinstance(given, Tensor) and torch.allclose(given, expected, rtol=precision, atol=precision)
-    except Exception:  # it wants something else than one tensor
-        return False
-    finally:
-        module._parameters.update(own)
-        module.training = training
+    if isinstance(module, _ConvNd):
+        return LayerView(module, isinstance(module, _ConvTransposeNd), groups=module.groups)
+    if isinstance(module, nn.Linear):
+        return LayerView(module)
+    kind = home_made(module)
+    return None if kind is None else LayerView(module, kind.transposed, groups=kind.groups)

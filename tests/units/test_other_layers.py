@@ -60,6 +60,76 @@ HOME_MADE = {
     "matmul": (lambda x, w: torch.matmul(x, w), True),
     "rearranged": (lambda x, w: (w.T @ x.transpose(-1, -2)).transpose(-1, -2), True),
 }
+
+
+class OwnConvolution(nn.Module):
+    """A convolution of somebody's own."""
+
+    def __init__(self, shape, use, **settings):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape))
+        self.bias = nn.Parameter(torch.randn(shape[0]))
+        self.use = use
+        vars(self).update(settings)
+
+    def forward(self, x):
+        return self.use(self, x)
+
+
+CONVOLUTIONS = {
+    "plain": (lambda s, x: F.conv2d(x, s.weight, s.bias), (5, 3, 3, 3), {}),
+    "same size": (lambda s, x: F.conv2d(x, s.weight, s.bias, padding=1), (5, 3, 3, 3), {}),
+    "grouped": (lambda s, x: F.conv2d(x, s.weight, s.bias, groups=3), (6, 1, 3, 3), {"groups": 3}),
+    "strided": (
+        lambda s, x: F.conv2d(x, s.weight, s.bias, s.stride, s.padding),
+        (5, 3, 3, 3),
+        {"stride": (2, 1), "padding": "valid"},
+    ),
+    "unfolded": (
+        lambda s, x: (
+            (s.weight.flatten(1) @ F.unfold(x, 3)).unflatten(2, (x.shape[2] - 2, x.shape[3] - 2))
+            + s.bias[:, None, None]
+        ),
+        (5, 3, 3, 3),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_home_made_convolutions_are_layers(name):
+    torch.manual_seed(0)
+    use, shape, settings = CONVOLUTIONS[name]
+    own = OwnConvolution(shape, use, **settings)
+    last = OwnConvolution((2, shape[0], 1, 1), CONVOLUTIONS["plain"][0])
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), own, nn.ReLU(), last, nn.Flatten(1), nn.LazyLinear(2))
+    model(*IMAGE)
+    found = explore(randomised(model), IMAGE, {})
+    own_units = {} if name == "grouped" else {"2": shape[0]}  # a depthwise one passes on the units before it
+    assert {units.name: units.size for units in found.units} == {"0": 3, **own_units, "4": 2}
+    assert ("2" in modules(found.units[0].producers)) == (name == "grouped")
+    assert (view_of(own).groups, view_of(own).inputs, view_of(own).channel_dim) == (settings.get("groups", 1), 3, -3)
+    assert invalid(model, IMAGE, found.units) == []
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda s, x: F.conv2d(x, s.weight - s.weight.mean(), s.bias),
+        lambda s, x: F.conv2d(x, s.weight, s.bias, stride=2),  # which it does not say
+        lambda s, x: x * s.weight.sum(),
+    ],
+)
+def test_what_does_something_else_than_a_convolution_is_none(use):
+    assert view_of(OwnConvolution((5, 3, 3, 3), use)) is None
+
+
+def test_scales_of_channels_are_no_convolutions():
+    scale = OwnConvolution((3, 1, 1), lambda s, x: x * s.weight)
+    del scale.bias
+    assert view_of(scale) is None
+
+
 OTHERWISE = {
     "scaled": lambda x, w: F.linear(x, w * 0.5),
     "standardised": lambda x, w: F.linear(x, (w - w.mean()) / w.std()),
