@@ -56,6 +56,8 @@ class LayerReset(ScheduledCallback):
         Nikishin et al., "The primacy bias in deep reinforcement learning", ICML 2022; arXiv 2205.07802.
     """
 
+    works_on_parts = True
+
     def __init__(
         self,
         layers: int | str | Sequence[str] = 1,

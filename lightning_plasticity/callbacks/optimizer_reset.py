@@ -61,6 +61,8 @@ class OptimizerReset(ScheduledCallback):
         Asadi, Fakoor, Sabach, NeurIPS 2023, arXiv 2306.17833; Ellis et al., NeurIPS 2024, arXiv 2412.17113.
     """
 
+    works_on_parts = True
+
     def __init__(
         self,
         what: Memory = "all",

@@ -15,6 +15,7 @@ from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.editing.initial import Init, InitialDistribution, InitName
 from lightning_plasticity.engine.schedule import Schedule, ScheduledCallback
 from lightning_plasticity.functional.shrink_and_perturb import shrink_and_perturb
+from lightning_plasticity.shards import local
 
 
 class ShrinkAndPerturb(ScheduledCallback):
@@ -94,6 +95,7 @@ class ShrinkAndPerturb(ScheduledCallback):
         known = (*get_args(InitName), "start")
         self.init = init if callable(init) else checks.choice("init", init, known, other="a function or ")
         self.exclude = checks.words("exclude", exclude)
+        self.works_on_parts = self.init != "start"  # starts are in the checkpoint, and would have to be put together
 
     @override
     def _start(self) -> None:
@@ -132,7 +134,7 @@ class ShrinkAndPerturb(ScheduledCallback):
         if parameters:  # or all belong to an optimizer that has not stepped
             # Where steps are counted the changes may be small and many, so that what rounding takes away is kept.
             is_repeated = self.schedule.every_n_train_steps is not None
-            values = self.editor.precise(parameters) if is_repeated else parameters
+            values = self.editor.precise(parameters) if is_repeated else list(map(local, parameters))
             self.editor.write(parameters, shrink_and_perturb(values, fresh, self.shrink, self.perturb))
 
     @override

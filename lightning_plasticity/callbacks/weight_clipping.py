@@ -51,6 +51,8 @@ class WeightClipping(PlasticityCallback):
         2407.01704.
     """
 
+    works_on_parts = True
+
     def __init__(
         self,
         kappa: float = 1.0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,12 +17,12 @@ class Method:
 
     Only ``_start``, ``_works_on`` and ``_after_step`` must be defined.
 
-    Class attributes:
+    Attributes:
         works_on_parts: whether the method works where parameters are shared out among ranks (FSDP2, tensor
             parallelism), so that each has a part of them: see ``shards.py``. Others refuse such models.
     """
 
-    works_on_parts: ClassVar[bool] = False
+    works_on_parts: bool = False
 
     def hear_of(self, part: Part, call: ForwardCall | None) -> None:
         """Learns of a part of the model that training calls for the first time, before the call goes on.

@@ -23,6 +23,7 @@ from lightning_plasticity.names import named_modules_as_written
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.channels import is_norm, tensors_in
 from lightning_plasticity.units.examining import quietly, undisturbed
+from lightning_plasticity.units.together import as_if_alone, example_of_all
 
 INPUT = "(input)"  # what the network's own inputs carry
 
@@ -94,7 +95,8 @@ def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], name
         >>> [(layer.name, set(layer.sources)) for layer in flow.layers]
         [('0', {'(input)'}), ('2', {'0'})]
     """
-    with undisturbed(model):
+    args, kwargs = example_of_all(model, (tuple(args), dict(kwargs)))
+    with undisturbed(model), as_if_alone(model):
         try:
             # containers take training's path, while what would change or draw something evaluates
             for module in model.modules():

@@ -13,7 +13,6 @@ from lightning_plasticity.names import original
 from lightning_plasticity.shards import is_flattened
 from lightning_plasticity.units.examining import undisturbed
 from lightning_plasticity.units.network import Network
-from lightning_plasticity.units.probing import GLANCES
 from lightning_plasticity.units.sets import HiddenUnits as HiddenUnits
 from lightning_plasticity.units.sets import Slots as Slots
 from lightning_plasticity.units.shares import entries_by_name, size_of
@@ -74,7 +73,7 @@ def explore(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *,
     model = original(model)
     _refuse_unprobeable(model)
     args, kwargs = example_of_all(model, (tuple(args), dict(kwargs)))
-    with undisturbed(model), as_if_alone(model, GLANCES):
+    with undisturbed(model), as_if_alone(model):
         network = Network(model, args, kwargs)
         wiring = Wiring(network)
         if explain:

@@ -15,18 +15,11 @@ from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from lightning_plasticity.shards import is_shared_out, whole
+from lightning_plasticity.units.probing import GLANCES
 
 
 class _WholeParameters(TorchFunctionMode):
-    """Functions get parameters whole: each is put together for the one call that uses it, and then let go.
-
-    Args:
-        glances: names of functions that only look at a tensor's form, which a part knows as well.
-    """
-
-    def __init__(self, glances: frozenset[str]) -> None:
-        super().__init__()
-        self._glances = glances
+    """Functions get parameters whole: each is put together for the one call that uses it, and then let go."""
 
     @override
     def __torch_function__(
@@ -34,7 +27,7 @@ class _WholeParameters(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in self._glances or name == "untyped_storage":  # which tells parameters apart
+        if name in GLANCES or name == "untyped_storage":  # which tells parameters apart
             return func(*args, **kwargs)
         return func(*_with_whole(args), **_with_whole(kwargs))
 
@@ -50,7 +43,7 @@ def _with_whole(value: Any) -> Any:
 
 
 @contextmanager
-def as_if_alone(model: nn.Module, glances: frozenset[str]) -> Iterator[None]:
+def as_if_alone(model: nn.Module) -> Iterator[None]:
     """Runs of a network with shared-out parameters give what the whole one gives; others are left as they are.
 
     All ranks must make the same runs, on the same example. Where FSDP2 and tensor parallelism have set hooks, these
@@ -67,7 +60,7 @@ def as_if_alone(model: nn.Module, glances: frozenset[str]) -> Iterator[None]:
         for number in [number for number, hook in of_kind.items() if _is_of_torch_distributed(hook)]:
             del of_kind[number]
     try:
-        with _WholeParameters(glances):
+        with _WholeParameters():
             yield
     finally:
         for of_kind, all_before in zip(hooks, before, strict=True):

@@ -6,16 +6,32 @@ that batch norm sees what it sees on each rank.
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import on_ranks
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 
+from contract.cases import Case
 from contract.shared_out import BOTH, FSDP_2, FSDP_4, HSDP, NETS, TENSORS_2, Way, batch
-from lightning_plasticity import ActivationReset, ContinualBackprop, PartialReset, ReDo, SelfNormalizedReset
+from contract.training import Network, every_case, seeded
+from lightning_plasticity import (
+    ActivationReset,
+    ContinualBackprop,
+    LayerReset,
+    OptimizerReset,
+    PartialReset,
+    ReDo,
+    SelfNormalizedReset,
+    ShrinkAndPerturb,
+    WeightClipping,
+)
 from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.engine.unit_callback import UnitCallback
 from lightning_plasticity.functional.activation_reset import ActivationStrategy
@@ -29,6 +45,10 @@ METHODS: dict[str, Callable[[], PlasticityCallback]] = {
     "ReDo": partial(ReDo, 0.7, 10, seed=1),
     "ReDo by gradient": partial(ReDo, 0.7, 10, score="gradient", score_steps=3, optimizer_state="reset", seed=1),
     "PartialReset": partial(PartialReset, 0.3, 10, seed=1),
+    "ShrinkAndPerturb": partial(ShrinkAndPerturb, 0.8, 0.2, every_n_train_steps=10, seed=1),
+    "LayerReset": partial(LayerReset, 1, every_n_train_steps=10, seed=1),
+    "WeightClipping": partial(WeightClipping, 0.9),
+    "OptimizerReset": partial(OptimizerReset, every_n_train_steps=10),
     "SelfNormalizedReset": partial(
         SelfNormalizedReset, 0.2, every_n_train_steps=10, min_silence=1, max_silence=4, seed=1
     ),
@@ -50,12 +70,30 @@ def course(method: PlasticityCallback, model: nn.Module, parts: list[int], examp
         optimizer.step()
         before = [local(p).detach().clone() for p in model.parameters()]
         method.step()
-        acted |= not all(map(torch.equal, before, map(local, model.parameters())))
+        acted |= bool(method._numbers().get("resets")) or not all(
+            map(torch.equal, before, map(local, model.parameters()))
+        )
         if isinstance(method, UnitCallback):
             chosen.append((method._numbers().get("replaced"), (method._ages.now() == 0).nonzero().squeeze(1).tolist()))
     weights = {name: whole(p).detach() for name, p in model.named_parameters()}
     method.detach()
     return {"chosen": chosen, "weights": weights, "acted": acted}
+
+
+@every_case
+def test_a_method_works_on_parts_or_refuses_them(case: Case, tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        model = seeded(Network)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        method = case.make()
+        if method.works_on_parts:
+            assert any(case.name.startswith(name) for name in METHODS), "its course is compared above"
+            return
+        with pytest.raises(RuntimeError, match=f"{type(method).__name__} needs whole parameters .* strategy='ddp'"):
+            method.attach(model, torch.optim.Adam(model.parameters()))
+    finally:
+        dist.destroy_process_group()
 
 
 WAYS = {2: [FSDP_2, TENSORS_2], 4: [BOTH, FSDP_4, HSDP]}
