@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
@@ -42,11 +44,23 @@ class Network:
         self.nan_of_its_own = False  # whether it looks for NaN and finds some without our doing
         self.training_path = False
         self.runs = 0
+        self._began, self._patience = time.monotonic(), 3.0
         self.put_random_states_back = random_states(model)
         self._modules = [
             (m, next(m.children(), None) is None or isinstance(m, (*TORCH_NORMS, *_DROPOUTS))) for m in model.modules()
         ]
         self._mark_unusable_weights()
+
+    def begin_run(self, doing: str) -> None:
+        """Counts a run; who waits for more than three seconds is told what is done, again after four times as long."""
+        waited = time.monotonic() - self._began
+        if waited > self._patience:
+            self._patience = 4 * waited
+            rank_zero_info(
+                f"Finding the hidden units of {self}, which is done once: its forward pass runs on the example to see "
+                f"{doing} (run {self.runs + 1}, {waited:.0f} s so far)."
+            )
+        self.runs += 1
 
     def __str__(self) -> str:
         return type(self.model).__name__

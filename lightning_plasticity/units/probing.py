@@ -101,6 +101,7 @@ own_functions = torch._C.DisableTorchFunction  # for what hooks compute, which n
 class Watch(TorchFunctionMode):
     """What is done to a forward pass and written down of it; this base does nothing, each kind of run its part."""
 
+    sees = ""  # what the run is for, in words for people who wait
     marks = False  # whether units are NaN in this run
     surveys = False  # whether to look at functions' parameters, at what they compute, and at norms
     stands_in = False  # whether numbers do not count, so that others may stand in for those of matrix products
@@ -118,7 +119,7 @@ class Watch(TorchFunctionMode):
     def run(self) -> Any:
         """One forward pass of the network under this watch; None where it ended early."""
         network = self.network
-        network.runs += 1
+        network.begin_run(self.sees)
         network.set_modes()
         network.put_random_states_back()
         handles = []

@@ -44,6 +44,8 @@ class Gate:
 class FindGates(_Marked):
     """A run with every second channel NaN: where do two tensors that carry channels meet, and in which dimension?"""
 
+    sees = "where units are multiplied or mixed"
+
     def __init__(self, network: Network, marked: Tensor) -> None:
         super().__init__(network, marked)
         self.gates: dict[int, Gate] = {}
@@ -98,6 +100,8 @@ Seen: TypeAlias = dict[Site, dict[int, Tensor]]
 
 class ReadCodes(_Marked):
     """The run for one bit: notes at which channels of each site NaN is seen."""
+
+    sees = "which unit reaches which weight"
 
     def __init__(self, network: Network, marked: Tensor, bit: int, found: FindGates, seen: Seen) -> None:
         super().__init__(network, marked)
@@ -159,6 +163,8 @@ class Proof(_Marked):
 
     ``units`` gives for each channel of a site the number of the unit it belongs to, -1 for none.
     """
+
+    sees = "whether units reach nothing else"
 
     def __init__(self, network: Network, members: Tensor, units: Mapping[Site, Tensor], found: FindGates) -> None:
         super().__init__(network, members)
@@ -241,6 +247,7 @@ class Noise(Watch):
     What a layer computes depends on its inputs alone. So it needs not be computed, as long as they are compared.
     """
 
+    sees = "whether units reach nothing else"
     stands_in = True
 
     def __init__(self, network: Network, members: Tensor, units: Mapping[Site, Tensor], seed: int) -> None:

@@ -48,6 +48,7 @@ def _by_memory(parameters: Iterable[tuple[nn.Parameter, T]]) -> dict[int, T]:
 class Survey(Watch):
     """A run without NaN: which layers are called, how often, in which order, and what their weights are used for."""
 
+    sees = "which layers it calls"
     surveys = True
 
     def __init__(self, network: Network) -> None:
@@ -110,6 +111,7 @@ class Survey(Watch):
 class Decisions(Watch):
     """A run in which all that layers compute is NaN: does the network decide anything by it?"""
 
+    sees = "whether it decides anything by the numbers"
     marks = True
     stands_in = True
 
@@ -161,6 +163,7 @@ class Decisions(Watch):
 class Rehearsal(Watch):
     """A run with stand-ins and without NaN: does it call what the network calls, and does no NaN come of it?"""
 
+    sees = "whether it decides anything by the numbers"
     stands_in = True
 
     def __init__(self, network: Network, calls: Counter[str]) -> None:

@@ -61,6 +61,7 @@ class Wiring:
         self.root = torch.arange(self.count)
         self.is_gate = torch.zeros(self.count, dtype=torch.bool)
         self.proven: list[Group] = []
+        self._doubtful: set[Layer] = set()  # layers some of whose units have not been proven
         if self.count:
             self._find()
 
@@ -289,7 +290,11 @@ class Wiring:
 
     def _prove(self, groups: Sequence[Group]) -> list[Group]:
         """The groups whose units reach their own columns and nothing else."""
-        proven = _largest_part(groups, self._none_escapes)
+        hopeful = [group for group in groups if group.layer not in self._doubtful]
+        proven = _largest_part(hopeful, self._none_escapes)
+        proven += [group for group in groups if group not in hopeful and self._none_escapes([group])]
+        proven.sort(key=groups.index)
+        self._doubtful = {group.layer for group in groups if group not in proven}
         for group in proven:
             group.exact = not self._is_read_at_mixing_norm(group)
         candidates = [group for group in proven if group.exact]
