@@ -361,9 +361,9 @@ def percent(values: Sequence[float], sign: str = "") -> str:
 
 def table(results: Results, network: str) -> str:
     lines = [
-        "| arm | coefficient | seeds | accuracy | against scratch | by heart | before | right after | one epoch later "
-        "| seconds |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| arm | coefficient | seeds | accuracy | against scratch | by heart | before | right after "
+        "| one epoch later |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, arm in ARMS.items():
         found = {measure: results.of(network, name, measure) for measure in MEASURES}
@@ -375,8 +375,7 @@ def table(results: Results, network: str) -> str:
         on_the_way = [percent([*found[m].values()]) for m in ("half_train", "half", "changed", "first_epoch")]
         coefficients = text(results.chosen(network, name))
         cells = [name, coefficients, str(len(end)), percent([*end.values()]), percent(differences, "+")]
-        seconds = f"{np.mean([*found['seconds'].values()]):.0f}"
-        lines.append(f"| {' | '.join([*cells, *on_the_way, seconds])} |")
+        lines.append(f"| {' | '.join([*cells, *on_the_way])} |")
     return "\n".join(lines)
 
 
@@ -409,9 +408,12 @@ def draw(results: Results, picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(NETWORKS), figsize=(8, 3.6), sharey=True, layout="constrained")
+    shown = [name for name in ARMS if any(results.of(network, name, "accuracy") for network in NETWORKS)]
+    size = (8, 1.2 + 0.25 * len(shown))
+    figure, axes = pyplot.subplots(1, len(NETWORKS), figsize=size, sharey=True, layout="constrained")
     for axis, network in zip(axes, NETWORKS, strict=True):
-        for place, (name, arm) in enumerate(ARMS.items()):
+        for place, name in enumerate(shown):
+            arm = ARMS[name]
             end = [100 * x for x in results.of(network, name, "accuracy").values()]
             if not end:
                 continue
@@ -422,7 +424,7 @@ def draw(results: Results, picture: Path) -> None:
             if not arm.is_warm:
                 axis.axvline(np.mean(end), color=colour, linestyle=style, linewidth=1)
         axis.set(title=network, xlabel="test accuracy, %")
-    axes[0].set_yticks(range(len(ARMS)), ARMS)
+    axes[0].set_yticks(range(len(shown)), shown)
     axes[0].invert_yaxis()
     figure.savefig(picture, dpi=110)
     pyplot.close(figure)
