@@ -231,11 +231,11 @@ def table(found: Findings) -> str:
     on_stream = sum(reason.endswith(_STREAM) for reason in found.left_out.values())
     if on_stream:
         lines.append(
-            f"{on_stream} layers are left out because of a residual stream; {found.of_stream:,} of their parameters "
-            f"belong to no units{_of(found.of_stream, found)}."
+            f"{on_stream} layers are left out because of a residual stream: {found.of_stream:,} "
+            f"parameters{_of(found.of_stream, found)} belong to no units because of it."
         )
     return "\n".join(lines)
 
 
 def _of(count: int, found: Findings) -> str:
-    return f" ({100 * count / found.parameters:.0f} %)"
+    return f" ({100 * count // found.parameters} %)"

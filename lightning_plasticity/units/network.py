@@ -82,7 +82,10 @@ class Network:
         for layer in self.layers:
             weight = layer.module._parameters.get(layer.view.weight_name)
             if weight is None:
-                layer.reason = "its weight is computed (parametrized or weight-normalised), not a parameter"
+                layer.reason = (
+                    "its weight is computed (parametrized or weight-normalised), not a parameter: "
+                    "a column of it cannot be set to 0 by itself"
+                )
             elif isinstance(layer.module, _ConvTransposeNd) and layer.module.groups > 1:
                 layer.reason = f"it is a transposed convolution with groups={layer.module.groups}"
             elif not weight.is_floating_point():

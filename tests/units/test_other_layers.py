@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import lightning_plasticity as lp
 from lightning_plasticity.layer_views import view_of
 from lightning_plasticity.units import explore
 from lightning_plasticity.units.find import Slots
@@ -357,3 +358,76 @@ def test_a_softmax_of_each_channel_by_itself_mixes_nothing():
     found = explore(model, TOKENS, {}).units
     assert {units.name for units in found} == {"a"}
     assert invalid(model, TOKENS, found) == []
+
+
+# ---- layers beside others, and weights that are computed
+
+
+def test_units_of_an_adapter_are_its_inner_ones():
+    """LoRA adds the product of two small matrices to a frozen layer: the two layers together make each output."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 2))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["0"], init_lora_weights=False)).eval()
+    found = explore(adapted, VECTOR, {})
+    first = "base_model.model.0"
+    assert {units.name: modules(units.consumers) for units in found.units} == {
+        f"{first}.lora_A.default": [f"{first}.lora_B.default"]
+    }
+    assert "added to those of other layers" in found.left_out[f"{first}.base_layer"]
+    assert invalid(adapted, VECTOR, found.units) == []
+
+
+class Experts(nn.Module):
+    """Each token goes to one of three experts, chosen by its first number."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)) for _ in range(3)
+        )  # fmt: skip
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)
+        chosen = (tokens[:, 0] > 0).long() + (tokens[:, 0] > 100)
+        out = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            here = (chosen == number).nonzero().squeeze(1)
+            if len(here):
+                out.index_add_(0, here, expert(tokens[here]))
+        return self.head(out)
+
+
+def test_experts_that_are_called_on_parts_of_the_batch():
+    torch.manual_seed(0)
+    model = randomised(Experts())
+    found = explore(model, TOKENS, {})
+    called = {f"experts.{i}.0" for i in (0, 1)}
+    assert called == {units.name for units in found.units}
+    assert found.left_out["experts.2.0"] == "it is not called in a forward pass"
+    assert invalid(model, TOKENS, found.units) == []
+
+
+def test_experts_that_training_calls_later_are_found_then():
+    torch.manual_seed(0)
+    model = Experts().train()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    method = lp.ContinualBackprop(0.1, 2, seed=0).attach(model, optimizer, example_inputs=TOKENS)
+    for step in range(8):
+        optimizer.zero_grad()
+        model(torch.randn(4, 5, 8) + (200.0 if step == 3 else 0.0)).square().mean().backward()
+        optimizer.step()
+        method.step()
+    assert {unit_set.name for unit_set in method._population.sets} == {f"experts.{i}.0" for i in range(3)}
+    assert method.replaced
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_computed_weights_have_their_reason(norm):
+    normed = getattr(nn.utils.parametrizations, norm)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), normed(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 2))
+    found = explore(randomised(model), VECTOR, {})
+    assert found.units == []
+    assert "a column of it cannot be set to 0 by itself" in found.left_out["2"]
+    assert "'2', which is left out" in found.left_out["0"]

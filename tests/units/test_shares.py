@@ -55,4 +55,4 @@ def test_what_a_residual_stream_keeps_out_is_said():
     assert streams == ["stem", "conv2", "conv4", "down"]
     *_, units, stream = table(found).splitlines()
     assert units.startswith(f"{found.of_units:,} of {found.parameters:,} parameters belong to units (")
-    assert stream.startswith(f"4 layers are left out because of a residual stream; {found.of_stream:,} of their")
+    assert stream.startswith(f"4 layers are left out because of a residual stream: {found.of_stream:,} parameters (")
