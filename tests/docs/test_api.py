@@ -76,3 +76,14 @@ def test_names_of_other_projects_are_those_that_are_installed():
         )
         assert kept == made, "run python docs/inventories.py"
         assert kept
+
+
+@pytest.mark.parametrize(
+    ("page", "room", "left_out"),
+    [("README.md", "callbacks", {"PlasticityMonitor"}), ("docs/measures.md", "metrics", set())],
+)
+def test_the_tables_have_all_methods_and_all_measures(page, room, left_out):
+    rows = re.findall(r"^\| (`[^|]*`) \|", (DOCS.parent / page).read_text(), re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    missing = {*importlib.import_module(f"lightning_plasticity.{room}").__all__} - left_out - named
+    assert missing == set(), f"write a row for each into the table of {page}"
