@@ -200,10 +200,11 @@ def measure(learner: nn.Sequential, inputs: Tensor) -> dict[str, float]:
 
 EXPLANATION = """Written by `slowly_changing_regression.py`. {examples:,} examples, batch 1, SGD with step size 0.01,
 Adam with the step sizes that its arms name; `ContinualBackprop` with rate 1e-4, maturity threshold 100 and adaptable
-contribution, and `optimizer_state="survivors"` where the arm names no other. Adam 0.001 was added after short trials
-on these seeds in which `ContinualBackprop`, with cleared moments, was behind plain Adam 0.01. The error is the mean
-squared error on the examples, each before it was learned from; ± is the standard deviation over seeds, each with a
-target and a stream of its own, so that the change within runs tells more than the spread between them.
+contribution. Adam 0.001 was added after short trials on these seeds in which `ContinualBackprop` was behind plain Adam
+0.01, and its rows of `ContinualBackprop` were made with cleared moments, those with Adam 0.01 with the default,
+`optimizer_state="survivors"`. The error is the mean squared error on the examples, each before it was learned from; ±
+is the standard deviation over seeds, each with a target and a stream of its own, so that the change within
+runs tells more than the spread between them.
 Dead units, effective rank (of {hidden} hidden units, on the {probe:,} examples before a row was written)
 and the mean size of the weights are means over the last {ends:,} examples. Published (100 seeds): the error of plain
 SGD and Adam rises, that of Continual Backprop stays."""
