@@ -96,7 +96,7 @@ ARMS = {
     "WeightClipping": Arm(lambda seed: WeightClipping(2.0, seed=seed)),
     "L2Init, sorted": Arm(lambda seed: L2Init(1e-3, match="sorted", every_n_train_steps=100, seed=seed)),
     "ReDo by gradient, score_steps=100": Arm(lambda seed: ReDo(0.01, score="gradient", score_steps=100, seed=seed)),
-    # Of 0.08, 0.02 and 0.00125 the best over tasks 11 to 20 with a seed of its own; a task is 10,000 steps.
+    # Of 0.08, 0.02 and 0.00125 the best over tasks 11 to 19 with seed 100; a task is 10,000 steps.
     "SelfNormalizedReset": Arm(
         lambda seed: SelfNormalizedReset(
             0.00125, every_n_train_steps=TASK, min_silence=100, max_silence=20_000, seed=seed

@@ -27,9 +27,10 @@ class IsometryReinit(ScheduledCallback):
     Each group of a convolution, and queries, keys and values, are matrices of their own. Depthwise convolutions, which
     have no matrices, and matrices that are 0 stay as they are.
 
-    With ``iterations``, as published, large matrices do **not** become isometries: after 10 iterations 37 % of the
-    singular values of a Gaussian matrix of 256 by 256 are below 0.99, and 70 % of one of 1024 by 1024; after 5, which
-    the paper calls enough, the matrix as a whole is several times too small. ``exact=True`` gives the isometry itself.
+    With ``iterations``, as published, large square matrices do **not** become isometries: after 10 iterations 37 % of
+    the singular values of a Gaussian matrix of 256 by 256 are below 0.99, and 70 % of one of 1024 by 1024; after 5,
+    which the paper calls enough, the matrix as a whole is several times too small. One that is far from square, such as
+    100 by 400, is an isometry after 10. ``exact=True`` gives the isometry itself.
 
     The authors make vision transformers' queries and keys isometries only: for that, name their layers with
     ``include``. In their experiments the optimizer starts anew at the boundary, except in Atari games.
