@@ -62,6 +62,13 @@ _ATTENTION = "scaled_dot_product_attention"
 _SCORES = "the scores of attention, which mix them"
 _SOFTMAXES = frozenset(["softmax", "log_softmax", "softmin"])
 _SCALAR_READS = frozenset(["item", "tolist", "__bool__", "__float__", "__int__", "__index__"])
+# What they give depends on the shape of a tensor, whatever is in it.
+_LOOKS_AT_SHAPES = frozenset(
+    (
+        *("expand_as", "view_as", "reshape_as", "new_zeros", "new_ones", "new_full", "new_empty"),
+        *(f"{what}_like" for what in ("zeros", "ones", "full", "empty", "randint")),
+    )
+)
 _LOOKS_FOR_NAN = frozenset(["isfinite", "isnan", "isinf", "isposinf", "isneginf"])
 _REPLACES_NAN = frozenset(["nan_to_num", "nan_to_num_"])
 # Calls on a parameter that only look at it.
@@ -369,7 +376,7 @@ class Watch(TorchFunctionMode):
         carries_no_nan = isinstance(result, Tensor) and not (result.is_floating_point() or result.is_complex())
         if (
             (name in _SCALAR_READS or carries_no_nan)
-            and not (self._inside_norms or name in _LOOKS_FOR_NAN)
+            and not (self._inside_norms or name in _LOOKS_FOR_NAN or name in _LOOKS_AT_SHAPES)
             and has_nan(args, kwargs)
         ):
             self.decides(name)

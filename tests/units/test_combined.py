@@ -15,6 +15,7 @@ from lightning_plasticity.units import explore
 from lightning_plasticity.units.find import Slots
 from units.property_check import holds, invalid
 from units.test_find import TOKENS, VECTOR, Function, by_name, modules, randomised
+from units.test_other_layers import generator, u_net
 
 NETWORKS = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN, "ReLU": lambda *a, **k: nn.RNN(*a, nonlinearity="relu", **k)}
 CELLS = {"LSTM": nn.LSTMCell, "GRU": nn.GRUCell, "RNN": nn.RNNCell}
@@ -415,3 +416,85 @@ def test_a_module_that_holds_layers_may_be_the_whole_network():
     found = explore(nn.LSTM(8, 4, 2), (torch.randn(5, 1, 8),), {})
     assert used_by(found.units) == {}
     assert set(found.left_out.values()) == {"its units reach the network's output"}  # by the last states
+
+
+# ---- exactly the entries of the units that are replaced
+
+
+def graph():
+    geometric = pytest.importorskip("torch_geometric.nn", reason="needs torch-geometric")
+    edges = torch.tensor([[0, 1, 2, 3, 0], [1, 2, 3, 0, 2]])
+    first, second = geometric.GCNConv(8, 12), geometric.GCNConv(12, 2)
+    return Function(lambda s, x: s.b(F.relu(s.a(x, edges)), edges), a=first, b=second)
+
+
+REPLACED = {
+    "LSTM": (lambda: classifier(nn.LSTM, 12, num_layers=2, bidirectional=True), (2, 5, 8)),
+    "GRU": (lambda: classifier(nn.GRU, 6), (2, 5, 8)),
+    "projections": (lambda: classifier(nn.LSTM, 4, proj_size=4), (2, 5, 8)),
+    "attention": (attention, (2, 5, 8)),
+    "generator": (generator, (4, 6, 1, 1)),
+    "U-Net": (u_net, (2, 3, 8, 8)),
+    "graph": (graph, (4, 8)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("name", REPLACED)
+def test_the_optimizer_forgets_exactly_the_entries_of_replaced_units(name):
+    torch.manual_seed(0)
+    build, shape = REPLACED[name]
+    model = build().train()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    method = lp.ContinualBackprop(0.2, 1, compensate_bias=False, optimizer_state="reset", seed=0)
+    method.attach(
+        model, optimizer, example_inputs=(torch.randn(1, *shape[1:]) if name != "graph" else torch.randn(shape),)
+    )
+    chosen = {}
+    replace_units = method._population.replace
+    method._population.replace = lambda which, *others: (chosen.update(which), replace_units(which, *others))
+    layers = named_layers(model)
+    written = 0
+    for _ in range(6):
+        optimizer.zero_grad()
+        model(torch.randn(shape)).square().mean().backward()
+        optimizer.step()
+        before = {p: (p.detach().clone(), optimizer.state[p]["exp_avg"].clone()) for p in model.parameters()}
+        chosen.clear()
+        method.step()
+        masks = {p: torch.zeros_like(p, dtype=torch.bool) for p in model.parameters()}
+        for number, units in chosen.items():
+            unit_set = method._population.sets[number].units
+            for part, mark in ((unit_set.producers, rows_of), (unit_set.consumers, columns_of)):
+                for slots in part:
+                    mark(layers[slots.module], slots.entry[torch.isin(slots.unit, units)].tolist(), masks)
+            for slots in unit_set.norms:
+                for p in model.get_submodule(slots.module).parameters():
+                    masks[p][slots.entry[torch.isin(slots.unit, units)]] = True
+        for p, (value, average) in before.items():
+            assert torch.equal(p[~masks[p]], value[~masks[p]])
+            assert torch.equal(optimizer.state[p]["exp_avg"], average.masked_fill(masks[p], 0.0))
+            written += int(masks[p].sum())
+    assert written
+
+
+def rows_of(view, entries, masks):
+    """Every row of every unit, by the layouts that torch documents."""
+    weight, bias, first = view.weight, view.bias, view.rows.start or 0
+    for entry in entries:
+        for gate in range(view.gates):
+            row = first + gate * view.outputs + entry
+            if view.transposed:
+                masks[weight][:, row] = True
+            else:
+                masks[weight][row] = True
+            if bias is not None:
+                masks[bias][(view.bias_rows.start or 0) + gate * view.outputs + entry] = True
+
+
+def columns_of(view, entries, masks):
+    for entry in entries:
+        if view.transposed:
+            masks[view.weight][entry] = True
+        else:
+            masks[view.weight][view.rows, entry] = True

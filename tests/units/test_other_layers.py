@@ -431,3 +431,18 @@ def test_computed_weights_have_their_reason(norm):
     assert found.units == []
     assert "a column of it cannot be set to 0 by itself" in found.left_out["2"]
     assert "'2', which is left out" in found.left_out["0"]
+
+
+def test_functions_that_only_want_the_shape_of_units_decide_nothing():
+    """As graph networks do, to add up what arrives at each node."""
+
+    def forward(s, x):
+        hidden = F.relu(s.a(x))
+        index = torch.zeros(len(x), 1, dtype=torch.long).expand_as(hidden)
+        index = index + torch.zeros_like(hidden, dtype=torch.long) + hidden.new_zeros(1, dtype=torch.long)
+        return s.b(torch.zeros_like(hidden).scatter_add(0, index, hidden))
+
+    model = randomised(Function(forward, a=nn.Linear(6, 8), b=nn.Linear(8, 2)))
+    found = explore(model, VECTOR, {})
+    assert {units.name for units in found.units} == {"a"}
+    assert invalid(model, VECTOR, found.units) == []
