@@ -7,17 +7,19 @@ On an accelerator a small operation takes as long as its launch, whatever the si
 operations tells what a method adds to a step. They are counted in an ordinary step, in which nothing is replaced or
 reset, of ResNet-50, ViT-B/16 and a multi-layer perceptron with AdamW; small images give the same counts as large ones.
 Views and new memory are not counted. An operation over a list of tensors (``_foreach_``) counts once where CUDA has a
-fused kernel for it, and once for each tensor where the shapes of its lists differ, for which it has none. What runs is
-the path for accelerators, on the CPU: tensors say that they are elsewhere.
+fused kernel for it, and once for each tensor where the shapes of its lists differ, for which it has none. A
+launch of a kernel of Triton counts once. What runs is the path for accelerators, on the CPU: tensors say that they are
+elsewhere.
 """
 
 import argparse
 import contextlib
+import gc
 import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,7 +31,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_plasticity as plasticity
-from lightning_plasticity.kernels import use_kernels
+from lightning_plasticity.kernels import choice, on_gpu
 
 SELDOM = {"every_n_train_steps": 1000}
 METHODS: dict[str, Callable[[], Any]] = {
@@ -101,14 +103,17 @@ def launches(args: Sequence[Any]) -> int:
 
 def count(network: Callable[[], nn.Module], shape: tuple[int, ...], method: Any = None) -> Counter[str]:
     """The operations of the fourth step, by kind."""
+    gc.collect()  # the model before, which hooks hold in circles
     torch.manual_seed(0)
     model, x, y = network(), torch.randn(shape), torch.zeros(shape[0], dtype=torch.int64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
-    with as_on_an_accelerator():
+    counts = Counts()
+    with as_on_an_accelerator(counts):
         if method is not None:
             method.attach(model, optimizer, example_inputs=(x,))
         for _ in range(4):
-            with Counts() as counts:
+            counts.of.clear()
+            with counts:
                 optimizer.zero_grad()
                 F.cross_entropy(model(x), y).backward()
                 optimizer.step()
@@ -119,9 +124,16 @@ def count(network: Callable[[], nn.Module], shape: tuple[int, ...], method: Any 
     return counts.of
 
 
-def as_on_an_accelerator() -> contextlib.AbstractContextManager[Any]:
-    """Tensors say that they are not on the CPU."""
-    return patch.object(torch.Tensor, "is_cpu", False)
+@contextlib.contextmanager
+def as_on_an_accelerator(counts: Counts) -> Iterator[None]:
+    """Tensors say that they are not on the CPU, and kernels of Triton are counted instead of launched."""
+
+    def launch(kernel: Any, *_: Any) -> None:
+        counts.of[f"Triton {kernel.__name__.lstrip('_')}"] += 1
+
+    is_elsewhere = patch.object(torch.Tensor, "is_cpu", False)
+    with is_elsewhere, patch.object(choice, "_found", lambda _: on_gpu), patch.object(on_gpu, "_launch", launch):
+        yield
 
 
 def report(found: dict[str, Any]) -> str:
@@ -152,7 +164,6 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    use_kernels(False)  # those of the CPU
     file = Path(__file__).with_suffix(".json")
     found = json.loads(file.read_text()) if file.exists() else {}
     for name in options.network:

@@ -1,6 +1,11 @@
-"""What the least that a method must do costs inside a training step: the floor that `overhead.py` is measured against.
+"""What the least that a method must do costs inside a training step: the floors that `overhead.py` is measured against.
 
     python examples/benchmarks/overhead_floor.py
+
+There are two floors. That of the dispatcher is what a method's work takes as PyTorch's operations, however few. That of
+memory is what it takes in a compiled function over the same memory: Numba's kernels, called with nothing around them.
+The second table compares the methods with both, added up from the rows of the first; the rest is Python's. It has what
+happens rarely in it, such as replacing units.
 
 A multi-layer perceptron, 784-3x100-10, trains with batch 1 in a plain loop, once as it is and once with each of a few
 operations of PyTorch added to every step, in blocks of steps that take turns. Between the operations of a step the
@@ -14,13 +19,16 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+import lightning_plasticity as plasticity
 from lightning_plasticity.engine.base import PlasticityCallback
+from lightning_plasticity.kernels import Tensors, on_cpu
 
 STEPS, ROUNDS = 100, 60
 Extra = Callable[[], None]
@@ -103,6 +111,9 @@ class Idle(PlasticityCallback):
     def _start(self) -> None:
         pass
 
+    def _works_on(self) -> str:
+        return "nothing."
+
     def _after_step(self, optimizer: torch.optim.Optimizer | None) -> None:
         pass
 
@@ -111,7 +122,51 @@ def idle_method(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> Extra
     return Idle().attach(model, optimizer).step
 
 
-EXTRAS = {
+def together(tensors: Sequence[torch.Tensor], beside: Sequence[torch.Tensor] = ()) -> Tensors:
+    group = Tensors(tensors, beside)
+    assert group.kernels() is not None, "needs Numba"
+    return group
+
+
+def compiled_averages(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> Extra:
+    weights = together([model[i].weight for i in (2, 4, 6)])
+    shapes = [(100 * i, 100 * i, 1, 1, outputs, 100, 1, 0) for i, outputs in enumerate((100, 100, 10))]
+    readers, sizes, utility = torch.tensor(shapes), torch.rand(300), torch.zeros(300)
+    averages = together([torch.zeros(300), torch.zeros(300)], [sizes, utility])
+
+    def extra() -> None:
+        on_cpu.contributions(weights, readers, sizes, utility)
+        on_cpu.average_in(averages, 0.01)
+
+    return extra
+
+
+def compiled_average(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> Extra:
+    averages = together([torch.zeros(300)], [torch.rand(300)])
+    return lambda: on_cpu.average_in(averages, 0.01)
+
+
+def compiled_clamp(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> Extra:
+    group = together([p for i in (0, 2, 4) for p in model[i].parameters()])
+    return lambda: on_cpu.clamp(group, [10.0] * 6)
+
+
+def compiled_scale(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> Extra:
+    weights, every = together([model[i].weight for i in (0, 2, 4, 6)]), together(list(model.parameters()))
+    initial, coefficients, exponents, factors = torch.ones(4), torch.zeros(4), torch.zeros(8, 4), torch.ones(8)
+
+    def extra() -> None:
+        on_cpu.rescaling_factors(weights, initial, coefficients, exponents, factors)
+        on_cpu.scale(every, factors)
+
+    return extra
+
+
+def method(make: Callable[[], PlasticityCallback], model: nn.Sequential, optimizer: torch.optim.Optimizer) -> Extra:
+    return make().attach(model, optimizer, example_inputs=(torch.zeros(1, 784),)).step
+
+
+EXTRAS: dict[str, Callable[..., Extra | None]] = {
     "nothing": nothing,
     "three forward hooks that do nothing": empty_hooks,
     "three forward hooks that copy what they see": reading_hooks,
@@ -122,6 +177,28 @@ EXTRAS = {
     "hidden layers clamped": clamp,
     "norms of all weights": norms,
     "all parameters scaled": scale,
+    "Numba: sizes of the weights that read 300 units, two running averages": compiled_averages,
+    "Numba: a running average of 300 numbers": compiled_average,
+    "Numba: hidden layers clamped": compiled_clamp,
+    "Numba: norms of all weights, all parameters scaled": compiled_scale,
+    "ContinualBackprop": partial(method, lambda: plasticity.ContinualBackprop(seed=0)),
+    "ActivationReset": partial(method, lambda: plasticity.ActivationReset(seed=0)),
+    "SoftWeightRescaling": partial(method, plasticity.SoftWeightRescaling),
+}
+_HOOKS = "three forward hooks that copy what they see"
+FLOORS = {  # of the dispatcher and of memory, added up
+    "ContinualBackprop": (
+        [_HOOKS, *["a running average of 300 numbers"] * 2, "mean size of the weights that read 300 units"],
+        ["Numba: sizes of the weights that read 300 units, two running averages"],
+    ),
+    "ActivationReset": (
+        [_HOOKS, "a running average of 300 numbers", "hidden layers clamped"],
+        ["Numba: a running average of 300 numbers", "Numba: hidden layers clamped"],
+    ),
+    "SoftWeightRescaling": (
+        ["norms of all weights", "all parameters scaled"],
+        ["Numba: norms of all weights, all parameters scaled"],
+    ),
 }
 
 
@@ -153,7 +230,8 @@ def main() -> None:
     batches = list(zip(torch.rand(100, 1, 784), torch.randint(10, (100, 1)), strict=True))
     arms = {name: Arm(prepare, batches) for name, prepare in EXTRAS.items()}
     for arm in arms.values():
-        arm.train()
+        for _ in range(2):
+            arm.train()  # units are old enough to be replaced then
     gc.disable()
     times: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(ROUNDS):
@@ -167,10 +245,15 @@ def main() -> None:
         "| added to each step | µs | share of the step |",
         "|---|---:|---:|",
     ]
+    added = {}
     for name, with_extra in times.items():
-        added = statistics.median(a - b for a, b in zip(with_extra, plain, strict=True))
+        added[name] = statistics.median(a - b for a, b in zip(with_extra, plain, strict=True))
         ratio = statistics.median(a / b for a, b in zip(with_extra, plain, strict=True)) - 1
-        lines.append(f"| {name} | {added:.0f} | {ratio:.1%} |")
+        lines.append(f"| {name} | {added[name]:.0f} | {ratio:.1%} |")
+    lines += ["", "| method | added, µs | floor of the dispatcher, µs | floor of memory, µs |", "|---|---:|---:|---:|"]
+    for name, floors in FLOORS.items():
+        dispatcher, memory = (sum(added[part] for part in parts) for parts in floors)
+        lines.append(f"| {name} | {added[name]:.0f} | {dispatcher:.0f} | {memory:.0f} |")
     text = "\n".join(lines)
     print(text)
     made_by = "Made by `python examples/benchmarks/overhead_floor.py`."

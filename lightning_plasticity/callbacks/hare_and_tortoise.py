@@ -19,6 +19,7 @@ from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.engine.schedule import Schedule, ScheduledCallback
 from lightning_plasticity.functional.hare_and_tortoise import follow
 from lightning_plasticity.functional.weights import joint_norm, norm
+from lightning_plasticity.kernels import Tensors
 
 Weights: TypeAlias = Literal["slow", "fast"]
 
@@ -85,6 +86,7 @@ class HareAndTortoise(ScheduledCallback):
         self._fast: dict[str, Tensor] = {}  # the model's own
         self._slow: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}  # those among the fast ones
+        self._together: Tensors | None = None  # those of the last step
         self._aside: dict[str, Tensor] = {}  # copies of the fast ones, while the model has the slow ones
 
     @override
@@ -111,13 +113,20 @@ class HareAndTortoise(ScheduledCallback):
 
     @override
     def _stop(self) -> None:
-        self._fast, self._slow, self._buffers = {}, {}, {}
+        self._fast, self._slow, self._buffers, self._together = {}, {}, {}, None
 
     @override
     def _after_step(self, optimizer: Optimizer | None) -> None:
         own = None if len(self.optimizers) < 2 else self._not_of_others(optimizer)
         names = [name for name, tensor in self._fast.items() if own is None or tensor in own]
-        follow([self._slow[name] for name in names], [self._fast[name] for name in names], self.decay)
+        slow, fast = [self._slow[name] for name in names], [self._fast[name] for name in names]
+        if self._together is None or not self._together.are(slow, fast):
+            self._together = Tensors(slow, fast)
+        kernels = self._together.kernels()
+        if kernels is not None:
+            kernels.average_in(self._together, 1 - self.decay)
+        else:
+            follow(slow, fast, self.decay)
         super()._after_step(optimizer)
 
     def _not_of_others(self, optimizer: Optimizer | None) -> set[Tensor]:

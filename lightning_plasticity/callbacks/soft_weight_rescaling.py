@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import ModuleType
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -316,7 +317,7 @@ class SoftWeightRescaling(PlasticityCallback):
 
         In a small network on the CPU Python's numbers take less time than a few small tensors.
         """
-        kernels = self._weights_together.kernels() if self._groups is None else None
+        kernels = self._kernels() if self._groups is None else None
         if kernels is not None:
             initial, own = self._initial_norms, (share.coefficients, share.exponents, share.factors)
             kernels.rescaling_factors(self._weights_together, initial, *own)
@@ -332,8 +333,12 @@ class SoftWeightRescaling(PlasticityCallback):
             terms = share.exponents * log_rescaling_factors(joint, initial, share.coefficients)
             torch.exp(terms.sum(1), out=share.factors)
 
+    def _kernels(self) -> ModuleType | None:
+        """Those for norms: on other devices one of PyTorch's operations does all of them."""
+        return self._weights_together.kernels() if self._weights_together.tensors[0].is_cpu else None
+
     def _norms(self) -> Tensor:
-        kernels = self._weights_together.kernels()
+        kernels = self._kernels()
         if kernels is None:
             with torch.no_grad():
                 return torch.stack(torch._foreach_norm(self._weights_together.tensors, dtype=self._dtype))

@@ -6,6 +6,8 @@ import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,8 +73,15 @@ class Activations:
         self._totals, self._sizes = self._sums
         self._parts: list[tuple[Tensor, Tensor]] = []  # of totals and sizes, for each reader
         self._counts: dict[tuple[int, ...], Tensor] = {}
-        self._device = "cpu"
         self._inputs: dict[int, list[Tensor]] = {}
+        self._kernels: ModuleType | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_kernels": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._kernels = kernels_on(self._sums.device.type)
 
     def add(self, readers: Sequence[Reader], zeros: Callable[[int], Tensor]) -> None:
         """Makes room for more readers, which have the next numbers; ``zeros`` makes an array."""
@@ -82,7 +91,7 @@ class Activations:
         self._sums = torch.cat([self._sums.to(zeros(0)), torch.stack([zeros(more), zeros(more)])], 1)
         self._totals, self._sizes = self._sums
         self._parts = [(self._sums[0, reader.columns], self._sums[1, reader.columns]) for reader in self._readers]
-        self._counts, self._device = {}, self._sums.device.type
+        self._counts, self._kernels = {}, kernels_on(self._sums.device.type)
 
     def listen(self, layer: LayerView, readers: Sequence[Reader]) -> RemovableHandle:
         """Hears what a layer is given whenever it is called, for those who read it."""
@@ -96,16 +105,20 @@ class Activations:
             if is_split:
                 x = heard_by_all(x, dim)
                 check_channels(x.shape[dim], channels)
-            is_only = len(readers) == 1 and readers[0].in_order and not self._with_inputs
-            if is_only and self._sum_by_kernel(x, dim, readers[0].number):
-                return
+            n, is_only = readers[0].number, len(readers) == 1 and readers[0].in_order and not self._with_inputs
+            if is_only and self._kernels is not None:
+                before, (totals, sizes) = self._rows[n], self._parts[n]
+                added = self._kernels.sum_columns(x, dim, totals, sizes if self._with_sizes else None, before)
+                if added:
+                    self._rows[n] = before + added
+                    return
             x = x.detach()
             if x.ndim == -dim:
                 x = x.unsqueeze(0)  # without a batch
             rows, size = x.numel() // channels, None
             others = [d for d in range(x.ndim) if d != x.ndim + dim]
-            if is_only and rows > 1 and not self._rows[readers[0].number]:
-                self._sum_at_once(x, others, readers[0].number, rows)
+            if is_only and rows > 1 and not self._rows[n]:
+                self._sum_at_once(x, others, n, rows)
                 return
             total = x.reshape(channels) if rows == 1 else x.sum(others, dtype=self._sums.dtype)
             if rows > 1 and self._with_sizes:
@@ -130,16 +143,6 @@ class Activations:
                 hear(x, False)
 
         return layer.hear(listener, ModelHook)
-
-    def _sum_by_kernel(self, x: Tensor, dim: int, number: int) -> bool:
-        """Adds what a reader is given to its sums, if there is a kernel for it."""
-        kernels = kernels_on(self._device)
-        if kernels is None:
-            return False
-        before, (total, size) = self._rows[number], self._parts[number]
-        rows: int = kernels.sum_columns(x, dim, total, size if self._with_sizes else None, before)
-        self._rows[number] = before + rows
-        return rows > 0
 
     def _sum_at_once(self, x: Tensor, dims: list[int], number: int, rows: int) -> None:
         """Writes the sums of what a reader is given right where they stay."""

@@ -169,7 +169,8 @@ class Population:
         self._outgoing = self.zeros(self.columns)
         self._outgoing_of = [self._outgoing[reader.columns] for reader in self._by_number]
         self._contribution, self._read_weights = self.zeros(self.size), None
-        if all(reader.in_order and not reader.view.part for reader in self._by_number):
+        are_whole = all(reader.in_order and not reader.view.part for reader in self._by_number)
+        if are_whole and self.device.type == "cpu":
             self._read_weights = Tensors([reader.weight for reader in self._by_number])
             self._shapes = reader_shapes(self.sets, self.device)
 

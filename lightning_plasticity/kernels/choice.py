@@ -38,10 +38,10 @@ def kernels_on(device: str) -> ModuleType | None:
 
 @cache
 def _found(kind: str) -> ModuleType | None:
-    module = {"cpu": "on_cpu"}.get(kind)
+    module = {"cpu": "on_cpu", "cuda": "on_gpu"}.get(kind)
     if module is None:
         return None
     try:
         return importlib.import_module(f"lightning_plasticity.kernels.{module}")
-    except ImportError:  # Numba is not installed, or not for this version of Python or NumPy
+    except ImportError:  # Numba or Triton is not there, or not for this version of Python or NumPy
         return None

@@ -22,8 +22,8 @@ from lightning_plasticity.kernels.tensors import PLAIN, Tensors
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Up to here no number of PyTorch's threads is faster; see `examples/benchmarks/kernels.md`.
-LARGE = 2**18  # entries
+# Two threads of PyTorch take as long for so many entries, and less for more: see `examples/benchmarks/kernels.md`.
+LARGE = 2**18
 _LIKE: dict[torch.dtype, np.ndarray[Any, Any]] = {
     torch.float32: np.empty(0, np.float32),
     torch.float64: np.empty(0, np.float64),
