@@ -1,5 +1,6 @@
 """The API pages have every public name, once, and every method with the studies that it is in."""
 
+import csv
 import importlib
 import re
 import runpy
@@ -56,6 +57,24 @@ def test_every_method_names_its_studies():
     above = {heading: text for heading, text, _, _ in ENTRIES}
     without = {name for name in methods if name != "PlasticityMonitor" and "Studies: " not in above.get(name, "")}
     assert without == set(), "docs/api/methods.md: a line 'Studies: ...' below the heading, or 'Studies: none yet.'"
+
+
+# The heading of each study in the results, by the file of its rows.
+STUDIES = {
+    "permuted_mnist": "online-permuted-mnist",
+    "slowly_changing_regression": "slowly-changing-regression",
+    "warm_start": "warm-start",
+}
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_the_studies_that_a_method_is_in_are_linked_to_it(study):
+    with (DOCS.parent / f"examples/benchmarks/{study}.csv").open() as file:
+        arms = " ".join({row["arm"] for row in csv.DictReader(file)})
+    tried = {*re.findall(r"\w+", arms)} & {*importlib.import_module("lightning_plasticity.callbacks").__all__}
+    linked = {heading for heading, text, _, _ in ENTRIES if f"#{STUDIES[study]})" in text}
+    assert tried
+    assert tried - linked == set(), f"docs/api/methods.md: link the study #{STUDIES[study]} below the heading of each"
 
 
 def test_every_method_has_a_reference():
