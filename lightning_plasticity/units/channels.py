@@ -26,6 +26,8 @@ class Layer:
     unmarked: str | None = None  # why its units are never NaN, though its columns are read
     first: int = 0  # number of its first output channel
     passes: bool = False  # a depthwise convolution whose channels belong to the units that feed it
+    site: int = 0  # a bit of its own
+    reach: int = 0  # the bits of the layers that its units may come to, 1 for the network's output; -1 where unknown
     calls: int = 0  # in one forward pass
     inside: str | None = None  # the module whose call it is part of, where that holds several layers
     joins: Layer | None = None  # the layer whose units its outputs belong to, where a module adds the two up

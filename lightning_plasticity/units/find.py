@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from lightning_plasticity.names import original
 from lightning_plasticity.shards import is_flattened
+from lightning_plasticity.units.channels import Layer
 from lightning_plasticity.units.examining import undisturbed
 from lightning_plasticity.units.network import Network
+from lightning_plasticity.units.runs import Escape
 from lightning_plasticity.units.sets import HiddenUnits as HiddenUnits
 from lightning_plasticity.units.sets import Slots as Slots
 from lightning_plasticity.units.shares import entries_by_name, size_of
@@ -121,33 +123,38 @@ def _refuse_unprobeable(model: nn.Module) -> None:
 
 
 def _explain(wiring: Wiring) -> None:
-    """Gives each usable layer of which no unit was proven a reason, seen in a run of its own."""
+    """Gives each usable layer of which no unit was proven a reason."""
     proven = wiring.members(wiring.proven)
-    for layer in wiring.layers:
-        numbers = layer.numbers
-        if bool(proven[numbers].any()) or layer.unmarked is not None:
-            continue
+    unproven = [layer for layer in wiring.layers if not bool(proven[layer.numbers].any()) and layer.unmarked is None]
+    alone = [layer for layer in unproven if layer.joins is None]
+    escapes = wiring.escapes([_every_second(wiring, layer) for layer in alone])
+    reasons = [_reason(escape) for escape in escapes]
+    for layer, reason in zip(alone, reasons, strict=True):
+        layer.reason = reason
+    for layer in unproven:
         if layer.joins is not None:
             layer.reason = layer.joins.reason
-            continue
-        # every second unit: where all inputs of a layer then arrive as NaN, the units were mixed before
-        chosen = torch.zeros(wiring.count, dtype=torch.bool)
-        chosen[wiring.root[numbers[:: 2 if layer.size > 1 else 1]]] = True
-        proof = wiring.escape(chosen[wiring.root])
-        if proof.escape is None:
-            layer.reason = "no layer uses its units one by one"
-        elif proof.at is not None and proof.at.reason is not None:
-            layer.reason = f"its units are used by {proof.at.name!r}, which is left out: {proof.at.reason}"
-        elif proof.at is not None and proof.mixed:
-            layer.reason = f"its units are mixed before {proof.at.name!r} uses them"
-        elif proof.at is not None and proof.at.calls > 1:
-            layer.reason = (
-                f"its units meet those of other layers where {proof.at.name!r} uses them in {proof.at.calls} calls"
-            )
-        elif proof.at is not None:
-            layer.reason = f"its units are added to those of other layers before {proof.at.name!r} uses them {_STREAM}"
-        else:
-            layer.reason = f"its units reach {proof.escape}"
+
+
+def _every_second(wiring: Wiring, layer: Layer) -> Tensor:
+    """Half of a layer's units: where all inputs of a layer then arrive as NaN, the units were mixed before."""
+    chosen = torch.zeros(wiring.count, dtype=torch.bool)
+    chosen[wiring.root[layer.numbers[:: 2 if layer.size > 1 else 1]]] = True
+    return chosen[wiring.root]
+
+
+def _reason(escape: Escape | None) -> str:
+    if escape is None:
+        return "no layer uses its units one by one"
+    if escape.at is None:
+        return f"its units reach {escape.where}"
+    if escape.at.reason is not None:
+        return f"its units are used by {escape.at.name!r}, which is left out: {escape.at.reason}"
+    if escape.mixed:
+        return f"its units are mixed before {escape.at.name!r} uses them"
+    if escape.at.calls > 1:
+        return f"its units meet those of other layers where {escape.at.name!r} uses them in {escape.at.calls} calls"
+    return f"its units are added to those of other layers before {escape.at.name!r} uses them {_STREAM}"
 
 
 def _assemble(wiring: Wiring) -> list[HiddenUnits]:

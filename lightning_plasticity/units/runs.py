@@ -158,6 +158,18 @@ class ReadCodes(_Marked):
         return clean(x) if event in self.found.mixtures else x
 
 
+@dataclass(frozen=True)
+class Escape:
+    """Where units have come that is none of their own columns: a layer's inputs, ``at``, or somewhere else."""
+
+    where: str
+    at: Layer | None = None
+    mixed: bool = False  # all of that layer's inputs were NaN
+
+
+OUTPUT = "the network's output"
+
+
 class Proof(_Marked):
     """Only the members are NaN and only their own columns clean them: wherever else NaN arrives, it has escaped.
 
@@ -170,13 +182,11 @@ class Proof(_Marked):
         super().__init__(network, members)
         self.units = units
         self.gates, self.mixtures = found.gates, found.mixtures
-        self.escape: str | None = None
-        self.at: Layer | None = None  # the layer at whose inputs it was seen
-        self.mixed = False  # all of that layer's inputs were NaN
+        self.escape: Escape | None = None
         self.mixing_norms: set[str] = set()  # that NaN has passed
 
-    def _escaped(self, where: str) -> None:
-        self.escape = where
+    def _escaped(self, where: str, at: Layer | None = None, mixed: bool = False) -> None:
+        self.escape = Escape(where, at, mixed)
         raise StopRun
 
     def _own(self, site: Site) -> Tensor:
@@ -189,8 +199,7 @@ class Proof(_Marked):
         if not bool(nans.any()):
             return x
         if layer.reason is not None or bool((nans & ~self._own(Site("column", layer.name))).any()):
-            self.mixed, self.at = bool(nans.all()), layer
-            self._escaped(f"the inputs of {layer.name!r}")
+            self._escaped(f"the inputs of {layer.name!r}", layer, bool(nans.all()))
         return clean(x)
 
     @override
@@ -233,11 +242,32 @@ class Proof(_Marked):
     @override
     def finish(self, outputs: Any) -> None:
         if any(any_nan(x) for x in tensors_in(outputs)):
-            self._escaped("the network's output")
+            self._escaped(OUTPUT)
 
     @override
     def refuses(self, error: Exception) -> bool:
-        self.escape = f"a check of their values, which raises {describe(error)}"
+        self.escape = Escape(f"a check of their values, which raises {describe(error)}")
+        return False
+
+
+class SharedProof(Proof):
+    """Proofs of several sets of units in one run, which goes on after an escape at a layer: that tells whose it is."""
+
+    def __init__(self, network: Network, members: Tensor, units: Mapping[Site, Tensor], found: FindGates) -> None:
+        super().__init__(network, members, units, found)
+        self.escapes: list[Escape] = []
+        self.stopped = False  # by an escape that may be anybody's
+
+    @override
+    def _escaped(self, where: str, at: Layer | None = None, mixed: bool = False) -> None:
+        if at is None and where != OUTPUT:
+            self.stopped = True
+            raise StopRun
+        self.escapes.append(Escape(where, at, mixed))
+
+    @override
+    def refuses(self, error: Exception) -> bool:
+        self.stopped = True
         return False
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -61,13 +61,34 @@ class Survey(Watch):
         self._owner = _by_memory((p, layer) for layer in network.layers for p in layer.module.parameters(recurse=False))
         self._foreign = _by_memory((p, name) for name, m in network.foreign.items() for p in weights_of(m))
         self.nan_outputs = False
+        self._bit = {layer: 2 << place for place, layer in enumerate(network.layers)}
+        self._sources: dict[int, int] = {}  # memory -> the layers whose units may be in it, as bits
+        self._read: dict[int, int] = defaultdict(int)  # a layer's bit, 1 for the output -> the layers that it may read
 
     @override
     def arrives(self, layer: Layer, x: Tensor) -> Tensor:
         self.calls[layer.name] += 1
         if self.calls[layer.name] == 1:
             self.order.append(layer)
+        self._read[self._bit[layer]] |= self._sources.get(memory(x), 0)
         return x
+
+    @override
+    def leaves(self, layer: Layer, output: Tensor) -> Tensor:
+        self._sources[memory(output)] = self._bit[layer]
+        return output
+
+    @override
+    def _call(self, name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        result = super()._call(name, func, args, kwargs)
+        sources = 0
+        for x in tensors_in((args, kwargs)):
+            sources |= self._sources.get(memory(x), 0)
+        for x in tensors_in(
+            args[:1] if result is None else result
+        ):  # what gives nothing writes into its first argument
+            self._sources[memory(x)] = sources
+        return result
 
     @override
     def uses_parameters(self, name: str, arguments: Sequence[Any]) -> None:
@@ -90,10 +111,17 @@ class Survey(Watch):
     @override
     def finish(self, outputs: Any) -> None:
         self.nan_outputs = any(any_nan(x) for x in tensors_in(outputs))
+        for x in tensors_in(outputs):
+            self._read[1] |= self._sources.get(memory(x), 0)
 
     def mark(self) -> None:
         """Writes the reasons why layers cannot be used into them."""
         for layer in self.network.layers:
+            layer.site = self._bit[layer]
+            # what comes out of a module of several layers is put together where nobody sees it
+            layer.reach = (
+                -1 if layer.inside is not None else sum(site for site, read in self._read.items() if read & layer.site)
+            )
             layer.calls = calls = self.calls[layer.name]
             used_in = self.elsewhere.get(layer.call)
             if layer.reason is not None:

@@ -15,7 +15,7 @@ from lightning_plasticity.units.channels import Layer, Site
 from lightning_plasticity.units.examining import ForwardError
 from lightning_plasticity.units.network import Network
 from lightning_plasticity.units.probing import Watch, describe
-from lightning_plasticity.units.runs import FindGates, Noise, Proof, ReadCodes, Seen
+from lightning_plasticity.units.runs import Escape, FindGates, Noise, Proof, ReadCodes, Seen, SharedProof
 from lightning_plasticity.units.survey import Decisions, Rehearsal, Survey
 
 T = TypeVar("T")
@@ -61,7 +61,6 @@ class Wiring:
         self.root = torch.arange(self.count)
         self.is_gate = torch.zeros(self.count, dtype=torch.bool)
         self.proven: list[Group] = []
-        self._doubtful: set[Layer] = set()  # layers some of whose units have not been proven
         if self.count:
             self._find()
 
@@ -290,11 +289,12 @@ class Wiring:
 
     def _prove(self, groups: Sequence[Group]) -> list[Group]:
         """The groups whose units reach their own columns and nothing else."""
-        hopeful = [group for group in groups if group.layer not in self._doubtful]
-        proven = _largest_part(hopeful, self._none_escapes)
-        proven += [group for group in groups if group not in hopeful and self._none_escapes([group])]
-        proven.sort(key=groups.index)
-        self._doubtful = {group.layer for group in groups if group not in proven}
+        proven = list(groups)
+        if not self._none_escapes(groups):
+            escapes = self.escapes([self.members([group]) for group in groups])
+            proven = [group for group, escape in zip(groups, escapes, strict=True) if escape is None]
+            if not self._none_escapes(proven):  # units have come where the survey did not see their way
+                proven = _largest_part(groups, self._none_escapes)
         for group in proven:
             group.exact = not self._is_read_at_mixing_norm(group)
         candidates = [group for group in proven if group.exact]
@@ -323,6 +323,41 @@ class Wiring:
         proof.run()
         return proof
 
+    def escapes(self, sets: Sequence[Tensor]) -> list[Escape | None]:
+        """The first escape of each of several sets of units. Those that cannot meet share their runs."""
+        reaches = [self._reach(members) for members in sets]
+        found: list[Escape | None] = [None] * len(sets)
+
+        def prove(batch: list[int]) -> None:
+            if len(batch) == 1:
+                found[batch[0]] = self.escape(sets[batch[0]]).escape
+                return
+            proof = SharedProof(self.network, torch.stack([sets[i] for i in batch]).any(0), self.units, self.found)
+            proof.run()
+            nobodys = proof.stopped
+            for escape in proof.escapes:
+                site = 1 if escape.at is None else escape.at.site
+                whose = [i for i in batch if reaches[i] & site]
+                nobodys |= not whose
+                for i in whose:
+                    found[i] = found[i] or escape
+            open_ones = [i for i in batch if found[i] is None] if nobodys else []
+            for part in (open_ones[: len(open_ones) // 2], open_ones[len(open_ones) // 2 :]):
+                if part:
+                    prove(part)
+
+        for batch in _apart(reaches):
+            prove(batch)
+        return found
+
+    def _reach(self, members: Tensor) -> int:
+        """The layers that units may come to, as bits."""
+        reach = 0
+        for layer in self.layers:
+            if bool(members[layer.numbers].any()):
+                reach |= layer.reach
+        return reach
+
     def _nothing_hears_noise(self, groups: Sequence[Group]) -> bool:
         """Whether all that counts is the same to the last bit whatever half of the units carry, and then the others."""
         members = self.members(groups)
@@ -340,6 +375,20 @@ class Wiring:
 
 def _unique_in_order(values: Tensor) -> list[int]:
     return list(dict.fromkeys(values.tolist()))
+
+
+def _apart(reaches: Sequence[int]) -> list[list[int]]:
+    """Puts numbers that have no bit in common together, in as few batches as come of it by taking each as it comes."""
+    batches: list[list[int]] = []
+    taken: list[int] = []
+    for place, reach in enumerate(reaches):
+        batch = next((i for i, bits in enumerate(taken) if not bits & reach), len(batches))
+        if batch == len(batches):
+            batches.append([])
+            taken.append(0)
+        batches[batch].append(place)
+        taken[batch] |= reach
+    return batches
 
 
 def _largest_part(groups: Sequence[T], holds: Callable[[Sequence[T]], bool], known_to_fail: bool = False) -> list[T]:

@@ -217,6 +217,52 @@ def test_depthwise_convolutions_do_not_double_the_runs() -> None:
     assert without.runs < with_depthwise.runs <= without.runs + 7
 
 
+class Branches(nn.Module):
+    """Blocks that add up what comes of two ways, one after the other: the units before each sum are left out."""
+
+    def __init__(self, blocks: int, add=torch.add) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.add = add
+        self.parts = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(6, 6) for name in ("stem", "left", "right", "out")}) for _ in range(blocks)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            stem = part["stem"](x).relu()
+            x = part["out"](self.add(stem, part["right"](part["left"](stem).relu())).relu())
+        return x
+
+
+def test_proofs_and_reasons_of_parts_that_cannot_meet_share_runs() -> None:
+    few, many = (explore(Branches(blocks), (torch.randn(2, 6),), {}) for blocks in (2, 12))
+    assert many.runs <= few.runs + 4  # four more codewords' bits
+    for index in range(12):
+        after = f"before 'parts.{index}.out' uses them (a residual stream)"
+        assert many.left_out[f"parts.{index}.stem"] == f"its units are added to those of other layers {after}"
+        assert many.left_out[f"parts.{index}.right"] == f"its units are added to those of other layers {after}"
+    assert {units.name for units in many.units} == {
+        *(f"parts.{index}.left" for index in range(12)),
+        *(f"parts.{index}.out" for index in range(11)),
+    }
+
+
+class Unseen(torch.autograd.Function):
+    """A sum that no mode for torch's functions sees."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
+        return torch.tensor(a.numpy() + b.numpy())
+
+
+def test_ways_that_the_survey_does_not_see_change_nothing() -> None:
+    x = torch.randn(2, 6)
+    seen, unseen = (explore(Branches(3, add), (x,), {}) for add in (torch.add, Unseen.apply))
+    assert [units.name for units in unseen.units] == [units.name for units in seen.units]
+    assert unseen.left_out == seen.left_out
+
+
 # ---- what is told
 
 
