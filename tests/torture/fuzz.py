@@ -90,7 +90,8 @@ class Run(LightningModule):
         self.shape = shape_of_inputs(net)
 
     def count(self, *_: Any) -> None:
-        self.steps += 1
+        # A Trainer steps for a batch that was left out, too, without gradients.
+        self.steps += any(parameter.grad is not None for parameter in self.net.parameters())
 
     def loss(self) -> Tensor:
         x, y = (torch.randn(5, *shape, generator=self.data) for shape in (self.shape, (2,)))
@@ -102,7 +103,7 @@ class Run(LightningModule):
 
     def in_plain_loop(self, methods: list[Any], has_example: bool) -> None:
         example = torch.zeros(2, *self.shape, dtype=self.net[-1].weight.dtype)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**130, enabled="scaled" in self.loop)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, enabled="scaled" in self.loop)
         mixed = torch.autocast("cpu", torch.bfloat16) if "mixed" in self.loop else nullcontext()
         try:
             for method in methods:

@@ -21,8 +21,9 @@ CONTRACT = [f"tests/contract/test_{name}.py" for name in ("loops", "steps", "res
 SOME_METHODS = ("ContinualBackprop", "L2Init", "NoisyUnits", "SelectiveReinit", "SoftWeightRescaling")
 MEASURES = ("metrics", "monitoring")  # of which the contract of methods asks nothing
 BROKEN = 99  # what a process ends with that could not run pytest
-IMPORTED_BEFORE = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
 LIMIT = 1800  # seconds for a stage: a fault that makes tests hang is seen
+# On a busy machine a test may take long, which is no sign of a fault.
+OPTIONS = ("-W", "ignore::pytest.PytestAssertRewriteWarning", "-o", f"timeout={LIMIT}")
 # Imported once, before the processes that judge are forked: this takes longer than many a test.
 IMPORTED = ("hypothesis", "torch", "lightning.pytorch", "pytorch_lightning", "torchmetrics", "scipy.stats")
 
@@ -96,7 +97,7 @@ def run_tests(tree: Path, tests: Sequence[str], output: Path) -> None:
         del sys.modules[name]
     code = BROKEN
     try:
-        code = int(pytest.main(["-x", "-q", "-rfE", "--no-header", "-p", "no:cacheprovider", *IMPORTED_BEFORE, *tests]))
+        code = int(pytest.main(["-x", "-q", "-rfE", "--no-header", "-p", "no:cacheprovider", *OPTIONS, *tests]))
     except BaseException:
         traceback.print_exc()
     finally:
