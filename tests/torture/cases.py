@@ -51,6 +51,13 @@ METHODS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "OptimizerReset": {"what": st.sampled_from(["all", "moments", "step"]), "every_n_train_steps": STEPS},
     "ParsevalRegularization": {"coefficient": st.floats(0.0, 1e-2)},
     "SpectralRegularization": {"coefficient": st.floats(0.0, 1e-2)},
+    "SelfNormalizedReset": {
+        "significance": st.floats(0.01, 0.9),
+        "every_n_train_steps": STEPS,
+        "min_silence": st.integers(1, 4),
+        "max_silence": st.integers(4, 9),
+    },
+    "DirectionAwareShrink": {"averaging": RATE, "least": RATE, "every_n_train_steps": STEPS},
     "WeightClipping": {"kappa": st.floats(0.5, 5.0)},
 }
 OPTIMIZERS = st.sampled_from(["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam"])
@@ -88,7 +95,8 @@ class Residual(nn.Module):
 def networks(draw: Any) -> nn.Sequential:
     """From four channels, in images of 5 by 5 or without positions, to two numbers."""
     is_image = draw(st.booleans())
-    widths, before, layers = draw(st.lists(st.integers(1, 9), max_size=4)), 4, []
+    least = draw(st.integers(0, 3))  # by themselves, draws are mostly short
+    widths, before, layers = draw(st.lists(st.integers(1, 9), min_size=least, max_size=4)), 4, []
     for width in widths:
         bias = draw(st.booleans())
         if is_image:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader
 
 from lightning_plasticity.editing import entry_ages
 from torture.cases import (
@@ -136,7 +137,7 @@ class Run(LightningModule):
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(self, range(STEPS * self.accumulate // 2))
+        trainer.fit(self, DataLoader(range(STEPS * self.accumulate // 2), batch_size=1))  # type: ignore[arg-type]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         if batch_idx in self.lost:

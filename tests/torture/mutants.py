@@ -66,9 +66,7 @@ def mutants(file: str) -> Iterator[Mutant]:
         for changed, after in _changes(node):
             start = begins[changed.lineno - 1] + changed.col_offset
             stop = begins[changed.end_lineno - 1] + changed.end_col_offset
-            mutant = Mutant(file, changed.lineno, start, stop, source[start:stop].decode(), after)
-            ast.parse(mutant.of(source))
-            yield mutant
+            yield Mutant(file, changed.lineno, start, stop, source[start:stop].decode(), after)
 
 
 def _deciding(node: ast.AST) -> Iterator[ast.AST]:

@@ -1,4 +1,4 @@
-"""Processes that begin with all that is imported here, in no time; what one returns comes back, or that it was killed."""
+"""Processes that begin at once with all that was imported before, and give back what a function returns."""
 
 import os
 import signal

@@ -133,7 +133,7 @@ def run(count: int) -> str:
             children = [
                 Child(Path(folder) / f"{rank}.pt", on_rank, rank, ranks, port, count // 2) for rank in range(ranks)
             ]
-            outcomes = [child.result() for child in children][0]
+            outcomes, *_ = [child.result() for child in children]
         equal, refused = outcomes.get("equal", 0), outcomes.get("refused", 0)
         lines.append(f"- on {ranks} ranks: {equal} equal, {refused} refused, 0 otherwise")
     return "\n".join(lines)

@@ -55,9 +55,9 @@ def run(steps: int, cases: Any = CASES) -> str:
         if growth > GROWTH or slower > SLOWER:
             raise AssertionError(f"{case.name}: {growth:.1f} MiB more, steps take {slower:.2f} times as long")
     lines = [
-        f"{steps:,} steps of each method on a small network, each in a process of its own: what it holds in memory at the",
-        f"end, against the end of the second of {PARTS} parts; and the processor time of a step in the last parts, against",
-        "the first, each the least of three.",
+        f"{steps:,} steps of each method on a small network, each in a process of its own: what it holds in memory at",
+        f"the end, against the end of the second of {PARTS} parts; and the processor time of a step in the last parts,",
+        "against the first, each the least of three.",
         "",
         "| method | memory, MiB | time of a step |",
         "|---|---|---|",

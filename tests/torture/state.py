@@ -9,11 +9,10 @@ def run() -> str:
     counts = {case.name: judged(case) for case in CASES}
     refused, harmless = (sum(numbers) for numbers in zip(*counts.values(), strict=True))
     lines = [
-        f"Every field of the state of every method is replaced by each of {len(MUTATIONS)} wrong values, or removed, and",
-        "loaded. It must be refused by a clear error that leaves everything as it was, or the run must go on finitely.",
+        f"Every field of the state of every method is replaced by each of {len(MUTATIONS)} wrong values, or removed,",
+        "and loaded. It must be refused by a clear error that leaves all as it was, or the run must go on finitely.",
         "",
-        f"- mutations: {refused + harmless:,}; refused: {refused:,}; harmless: {harmless:,}; neither: 0 (one would stop",
-        "  the run)",
+        f"- mutations: {refused + harmless:,}; refused: {refused:,}; harmless: {harmless:,}; neither: 0",
         "",
         "| method | refused | harmless |",
         "|---|---|---|",
