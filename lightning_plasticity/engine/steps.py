@@ -37,6 +37,7 @@ class OptimizerSteps:
         self.misses_parameters = False  # whether steps train parameters that the scope has got since
         self._scope, self._waits, self._begins, self._made = scope, waits, begins, made
         self._parameters = _ids(scope)
+        self._sizes = [_size(optimizer) for optimizer in optimizers]  # how many parameters each trains
         self._handles: list[RemovableHandle] = []
         for optimizer in self.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before))
@@ -71,12 +72,21 @@ class OptimizerSteps:
             self._made(optimizer)
         elif self._trains(optimizer, _ids(self._scope)):
             self.misses_parameters = True
+        place = self.optimizers.index(optimizer)
+        if _size(optimizer) != self._sizes[place]:
+            self._sizes[place] = _size(optimizer)
+            more = _ids(self._scope) - self._parameters
+            self.misses_parameters |= any(id(p) in more for group in optimizer.param_groups for p in group["params"])
 
     @staticmethod
     def _trains(optimizer: Optimizer, parameters: set[int]) -> bool:
         return any(
             p.grad is not None and id(p) in parameters for group in optimizer.param_groups for p in group["params"]
         )
+
+
+def _size(optimizer: Optimizer) -> int:
+    return sum([len(group["params"]) for group in optimizer.param_groups])
 
 
 def _ids(scope: nn.Module) -> set[int]:

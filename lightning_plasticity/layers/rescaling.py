@@ -89,6 +89,7 @@ def plan(
     targets = {id(weight): Target(name, weight, one[i]) for i, (name, weight) in enumerate(weights.items())}
     growth = {INPUT: one.new_zeros(len(weights))}  # of each layer's output
     norms = []
+    met: set[tuple[int, int]] = set()
     for layer in flow.layers:
         of_input = growth[_last(layer.sources, growth)]
         module, is_norm = modules[layer.name], normalises(modules[layer.name])
@@ -97,6 +98,10 @@ def plan(
             before = growth[layer.name]
             for pair in stage:
                 growth[layer.name] = before + one[column[id(pair.weight)]]
+                shared = (id(pair.weight), id(pair.bias))
+                if shared in met:
+                    continue  # one layer in two modules: its bias goes by the first, as that of one called twice
+                met.add(shared)
                 _add(targets, pair.bias_name, None if keep_biases else pair.bias, growth[layer.name])
         if is_norm and not is_excluded(layer.name):
             norms.append((module, of_input))

@@ -79,6 +79,11 @@ def test_hidden_layers_only_unless_told_otherwise():
     assert changed(ParsevalRegularization(last_layer=True, exclude="value"), TwoHeads(), x) == both - {"value.weight"}
 
 
+def test_a_step_goes_no_further_than_its_bound():
+    # Of 2 in one row: 2 - 4 * held * (4 - 1) * 2, where held is 1 / (4 * (3 * 4 - 1)) however large the rate is.
+    torch.testing.assert_close(parseval_update(torch.tensor([[2.0, 0.0]]), 1.0, 1.0), torch.tensor([[-6 / 11, 0.0]]))
+
+
 def test_the_pull_of_adamo_and_the_width_that_a_coefficient_is_for():
     weight = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
     moves = []

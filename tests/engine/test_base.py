@@ -581,3 +581,22 @@ def test_replaced_parameters_are_said_in_a_plain_loop() -> None:
     optimizer.step()
     with pytest.raises(RuntimeError, match="the optimizer trains others, which the model has got since"):
         method.step()
+
+
+def test_a_layer_that_the_optimizer_has_got_since_is_said_in_a_plain_loop() -> None:
+    method, model, optimizer = attached()
+    method.attach(model, optimizer, EXAMPLE)
+    model.net.head = nn.Linear(12, 5)
+    optimizer.add_param_group({"params": list(model.net.head.parameters())})
+    model(*EXAMPLE).sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"the model has got since\. Call detach\(\) and attach"):
+        method.step()
+    steps = method.optimizer_steps
+    method.detach()
+    method.attach(model, optimizer, EXAMPLE)
+    model(*EXAMPLE).sum().backward()
+    optimizer.step()
+    method.step()
+    assert method.optimizer_steps == steps + 1
+    method.detach()

@@ -48,6 +48,29 @@ def test_a_layer_at_two_places_is_still_itself_after_it_was_examined(
     method.detach()
 
 
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
+@pytest.mark.filterwarnings("ignore:SoftWeightRescaling cannot keep")
+def test_one_layer_in_two_modules(activation: type[nn.Module]) -> None:
+    """Two modules with one weight and one bias: these are rescaled once, as those of a module at two places."""
+    model = shared(activation)
+    model[4] = nn.Linear(6, 6)
+    model[4].weight, model[4].bias = model[2].weight, model[2].bias
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    method = SoftWeightRescaling(1.0).attach(model, optimizer, (torch.randn(2, 6),))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        model[0].weight *= 2
+        model[2].weight *= 4
+    mse_loss(model(torch.randn(8, 6)), torch.zeros(8, 2)).backward()
+    optimizer.step()
+    method.step()
+    for name in ("0.weight", "2.weight"):
+        torch.testing.assert_close(model.get_parameter(name), before[name])
+    torch.testing.assert_close(model[2].bias, before["2.bias"] / 8)
+    assert model[4].weight is model[2].weight
+    assert model[4].bias is model[2].bias
+
+
 def test_gradients_of_examples_leave_a_shared_layer_itself() -> None:
     model, x, y = shared(nn.Tanh), torch.randn(5, 6), torch.randn(5, 2)
     parameters = list(model.parameters())

@@ -38,7 +38,7 @@ def main(parts: list[str]) -> None:
         elif part == "ranks":
             from torture import ranks
 
-            text = ranks.run(60 * times)
+            text = ranks.run(200 * times)
         elif part == "soak":
             from torture import soak
 
