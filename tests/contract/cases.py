@@ -54,8 +54,9 @@ class Case:
 
 
 def loss_of_a_batch(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    device, dtype = model.net.head.weight.device, model.net.head.weight.dtype
-    return cross_entropy(model.net(batch[0].to(device, dtype)), batch[1].to(device))
+    *_, last = model.parameters()
+    network = getattr(model, "net", model)
+    return cross_entropy(network(batch[0].to(last.device, last.dtype)), batch[1].to(last.device))
 
 
 BATCHES_TO_PASS_OVER = [(torch.arange(48.0).view(8, 6).mul(i + 1).sin(), torch.arange(8) % 3) for i in range(2)]

@@ -4,6 +4,7 @@ import ast
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "lightning_plasticity"
@@ -52,8 +53,13 @@ class Mutant:
 
 def sample(count: int, seed: int = 0) -> list[Mutant]:
     """So many faults, drawn from all that there are; with the same seed and source always the same."""
-    places = [m for file in sorted(PACKAGE.rglob("*.py")) for m in mutants(file.relative_to(PACKAGE).as_posix())]
-    return random.Random(seed).sample(places, count)
+    return random.Random(seed).sample(all_mutants(), count)
+
+
+@cache
+def all_mutants() -> list[Mutant]:
+    """All faults that can be put into the package."""
+    return [m for file in sorted(PACKAGE.rglob("*.py")) for m in mutants(file.relative_to(PACKAGE).as_posix())]
 
 
 def mutants(file: str) -> Iterator[Mutant]:
