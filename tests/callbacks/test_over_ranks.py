@@ -1,13 +1,12 @@
 """Methods that look at examples or at data see those of all ranks: two ranks do what one does with the data of both."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -55,19 +54,13 @@ def run(make: Callable[[slice], Any], share: slice, ranks: int) -> dict[str, Any
     return {"weights": model.state_dict(), "replaced": getattr(method, "replaced", 0), "sets": state.get("sets", {})}
 
 
-def work(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    share = slice(4 * rank, 4 * rank + 4)
-    torch.save([run(make, share, 2) for make in METHODS], folder / f"{rank}.pt")
-    dist.destroy_process_group()
+def on_one(rank: int) -> list[dict[str, Any]]:
+    return [run(make, slice(4 * rank, 4 * rank + 4), 2) for make in METHODS]
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, (folder,), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return on_ranks(2, on_one, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("make", METHODS, ids=lambda make: make.__name__)
