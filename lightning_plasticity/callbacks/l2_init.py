@@ -195,9 +195,8 @@ class L2Init(PlasticityCallback):
             )
         scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer divides by it inside its kernel
         rate = self.coefficient * (1.0 if scale is None else scale)
-        update = l2_init_update(parameters, self._aims(parameters, parameters), -rate) if parameters else []
-        for gradient, amount in zip(gradients, update, strict=True):
-            gradient.add_(amount)
+        if parameters:
+            torch._foreach_add_(gradients, l2_init_update(parameters, self._aims(parameters, parameters), -rate))
 
     @override
     def _state(self) -> dict[str, Any]:

@@ -170,7 +170,7 @@ class Population:
         self._outgoing_of = [self._outgoing[reader.columns] for reader in self._by_number]
         self._contribution, self._read_weights = self.zeros(self.size), None
         are_whole = all(reader.in_order and not reader.view.part for reader in self._by_number)
-        if are_whole and self.device.type == "cpu":
+        if are_whole and all(reader.weight.is_cpu for reader in self._by_number):
             self._read_weights = Tensors([reader.weight for reader in self._by_number])
             self._shapes = reader_shapes(self.sets, self.device)
 
