@@ -71,6 +71,13 @@ def test_one_layer_in_two_modules(activation: type[nn.Module]) -> None:
     assert model[4].bias is model[2].bias
 
 
+def test_a_bias_of_two_weights_is_refused() -> None:
+    model = perceptron()
+    model[2].bias = model[0].bias
+    with pytest.raises(ValueError, match=r"A bias must belong to one layer, but '2.bias' is also '0.bias'.*Give each"):
+        SoftWeightRescaling(0.1).attach(model, torch.optim.SGD(model.parameters(), 0.1), (torch.zeros(2, 6),))
+
+
 def test_gradients_of_examples_leave_a_shared_layer_itself() -> None:
     model, x, y = shared(nn.Tanh), torch.randn(5, 6), torch.randn(5, 2)
     parameters = list(model.parameters())
