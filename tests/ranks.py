@@ -42,7 +42,8 @@ def on_ranks(count: int, function: Callable[..., Any], folder: Path, *args: Any,
         ranks[rank].kill()
     errors = [(folder / f"{rank}.error").read_text() for rank in range(count) if (folder / f"{rank}.error").exists()]
     assert not errors, "\n".join(errors)
-    assert not running, f"after {seconds} s ranks {running} had not ended"
+    codes = [process.exitcode for process in ranks]
+    assert not running, f"after {seconds} s ranks {running} had not ended; exit codes {codes}"
     return [torch.load(folder / f"{rank}.result", weights_only=False) for rank in range(count)]
 
 
