@@ -444,7 +444,7 @@ def act_rows(name: str, options: argparse.Namespace) -> list[Row]:
     steady = {"MALLOC_MMAP_THRESHOLD_": "65536"} if act.do is train_thrice else {}
     for method in (m for m in act.methods if m not in METHODS or m in options.method):
         with patch.dict(os.environ, steady):
-            runs = [in_processes(1, measure_act, name, method, options) for _ in range(1 if options.quick else 3)]
+            runs = [in_processes(1, measure_act, name, method, options) for _ in range(1 if options.quick else 2)]
         seconds, memory = (statistics.median(values) for values in zip(*runs, strict=True))
         row = {"method": method, "memory, MiB": round(memory, 1), "processes": len(runs)}
         if act.do is train_thrice:
