@@ -130,7 +130,8 @@ class DirectionAwareShrink(ScheduledCallback):
     def _act(self) -> None:
         due = self._due()
         parameters = [parameter for parameter in self._parameters if id(parameter) in due]
-        gradients, batches = average_gradients(self.model, parameters, self._data(), self._loss(), self.averaging)
+        loss = self._loss()  # first: what cannot tell its loss is refused whatever the data
+        gradients, batches = average_gradients(self.model, parameters, self._data(), loss, self.averaging)
         *gradients, total = sum_over_ranks([*gradients, torch.tensor(float(batches), device=parameters[0].device)])
         if not total:
             self.leave_alone(self.module or type(self.model).__name__, "the gradients of all batches")

@@ -126,12 +126,13 @@ class PartialReset(UnitCallback):
     def _mix(self, table: Table, shares: Tensor) -> None:
         """Mixes fresh values into these rows of a layer's weight."""
         view = table.layer
-        fresh = self._initial.draw(table.weight, self.draws.generator(view.weight.device))
+        every_row = torch.arange(view.outputs, device=view.weight.device)  # however the layer holds its weight
+        fresh = self._initial.draw(table.weight, self.draws.generator(view.weight.device), every_row, view)
         [value] = self.editor.precise([view.weight])
         value = value.clone()
-        rows = view.by_output(value)
-        of_rows = by_output(view, view.weight).take(_spread(shares, table.entries, view.outputs), 0)
-        rows.add_(of_rows.view(-1, *(1,) * (rows.ndim - 1)) * (view.by_output(fresh) - rows))
+        rows, part = view.by_output(value), by_output(view, view.weight)
+        of_rows = part.take(_spread(shares, table.entries, view.outputs), 0)
+        rows.add_(of_rows.view(-1, *(1,) * (rows.ndim - 1)) * (part.take(fresh) - rows))
         self.editor.write([view.weight], [value])
 
     def _shrink(self, reader: Reader, shares: Tensor) -> None:

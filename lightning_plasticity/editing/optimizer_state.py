@@ -148,10 +148,11 @@ class EntryState:
             count_ages(optimizer, parameter)
             if may_overshoot(optimizer, parameter):
                 self._warn_once(
+                    "count of steps",
                     f"optimizer_state='reset' clears what {type(optimizer).__name__} remembers of new weights, but it "
                     "counts steps by tensor. If it makes up for averages that began at 0, as Adam does, the first "
                     "steps of new weights are several times too large. Use optimizer_state='survivors', or an "
-                    "optimizer of PyTorch."
+                    "optimizer of PyTorch.",
                 )
 
     def _follows_survivors(self, key: str) -> bool:
@@ -175,14 +176,15 @@ class EntryState:
                     yield key, local(state), _initial(optimizer, key, local(parameter), parameter, local(state))
                 elif holds_many_values(state):
                     self._warn_once(
+                        "state of another form",
                         f"The state {key!r} of {type(optimizer).__name__} has no entry for each weight: it cannot be "
                         "reset for the weights that are edited, and stays as it is. Use an optimizer whose state has "
-                        "the shape of the weights, such as AdamW, or accept this with optimizer_state='keep'."
+                        "the shape of the weights, such as AdamW, or accept this with optimizer_state='keep'.",
                     )
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
+    def _warn_once(self, about: str, message: str) -> None:
+        if about not in self._warned:
+            self._warned.add(about)
             warnings.warn(message, stacklevel=3)
 
 

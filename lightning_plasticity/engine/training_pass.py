@@ -52,8 +52,8 @@ def average_gradients(
                 value = loss(model, batch)
                 if value is None:
                     continue
-                _checked(value).backward()  # type: ignore[no-untyped-call]
-                gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+                # Not by `backward`, which others listen to: DDP would send, an optimizer in the backward pass would step.
+                gradients = torch.autograd.grad(_checked(value), parameters, allow_unused=True, materialize_grads=True)
                 if all(bool(gradient.isfinite().all()) for gradient in gradients):
                     batches += 1
                     for average, new in zip(averages, gradients, strict=True):

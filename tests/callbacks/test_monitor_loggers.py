@@ -59,7 +59,7 @@ def test_no_pictures_if_none_are_wanted(tmp_path):
 # `pytest.warns` gives on what Lightning's own modules have said, under another module's name.
 @pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning")
 def test_without_matplotlib_numbers_are_logged_and_a_warning_is_given(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_plasticity.callbacks.monitor._can_draw", lambda: False)
+    monkeypatch.setattr("lightning_plasticity.monitoring.loop._can_draw", lambda: False)
     with pytest.warns(UserWarning, match=r"matplotlib is not installed. Install it with .*\[plot\]"):
         monitor = monitored(CSVLogger(tmp_path))
     assert expected(monitor)

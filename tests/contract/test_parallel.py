@@ -36,7 +36,7 @@ class Branches(nn.Module):
         self.second = nn.ModuleList([nn.Linear(12, 12), nn.Linear(12, 12)])
         self.head = nn.Linear(12, 3)
 
-    def forward(self, x: Tensor, branch: int) -> Tensor:
+    def forward(self, x: Tensor, branch: int = 0) -> Tensor:
         return self.head(torch.relu(self.second[branch](torch.relu(self.first(x)))))
 
 
