@@ -52,7 +52,7 @@ def average_gradients(
                 value = loss(model, batch)
                 if value is None:
                     continue
-                # Not by `backward`, which others listen to: DDP would send, an optimizer in the backward pass would step.
+                # Not by `backward`, which others listen to: DDP would send, fused optimizers would step.
                 gradients = torch.autograd.grad(_checked(value), parameters, allow_unused=True, materialize_grads=True)
                 if all(bool(gradient.isfinite().all()) for gradient in gradients):
                     batches += 1
