@@ -26,6 +26,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none"))
 
 
+def pytest_runtest_setup() -> None:
+    # Code that `torch.compile` has built may flush the smallest numbers to 0 from when it is loaded, in the whole
+    # process, and then hypothesis refuses to draw them.
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def plasticity_data() -> Path:
     """The folder with data sets and weights that PLASTICITY_DATA names; without it the test is skipped."""
