@@ -2,8 +2,8 @@
 
     python examples/benchmarks/find_units_cost.py
 
-prints a table. Each measurement runs in a process of its own, in one thread; seconds are those that the processor worked
-for it, the least of three; memory is the process's largest resident size.
+prints a table. Each measurement runs in a process of its own, in one thread; seconds are those that the processor
+worked for it, the least of three; memory is the process's largest resident size.
 """
 
 import argparse

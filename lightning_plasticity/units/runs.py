@@ -94,8 +94,8 @@ def _varying_dim(x: Tensor) -> int | None:
     return varying[0] - x.ndim if len(varying) == 1 else None
 
 
-# At each site, for each bit, the channels at which NaN was seen.
-Seen: TypeAlias = dict[Site, dict[int, Tensor]]
+# For each channel of each site, the bits of the runs in which NaN was seen there.
+Seen: TypeAlias = dict[Site, Tensor]
 
 
 class ReadCodes(_Marked):
@@ -108,8 +108,11 @@ class ReadCodes(_Marked):
         self.bit, self.found, self.seen = bit, found, seen
 
     def _record(self, site: Site, nans: Tensor) -> None:
-        bits = self.seen.setdefault(site, {})
-        bits[self.bit] = bits[self.bit] | nans if self.bit in bits else nans
+        bits = nans.to(torch.int64) << self.bit
+        if site in self.seen:  # in place: small tensors that stay, made between large ones, would split the memory
+            self.seen[site] |= bits
+        else:
+            self.seen[site] = bits
 
     @override
     def arrives(self, layer: Layer, x: Tensor) -> Tensor:
@@ -285,7 +288,7 @@ class Noise(Watch):
         self.members, self.units = members, units
         self.generator = torch.Generator().manual_seed(seed)
         self.refused = False  # the network's own code has raised an error
-        self.seen: list[Tensor] = []  # a number for each tensor that the noise may not change
+        self.seen: list[int] = []  # a number for each tensor that the noise may not change
 
     @override
     def refuses(self, error: Exception) -> bool:
@@ -328,8 +331,9 @@ class Noise(Watch):
         self.seen += [_digest(x) for x in tensors_in(outputs)]
 
 
-def _digest(x: Tensor) -> Tensor:
+def _digest(x: Tensor) -> int:
     """A number made of all bits of a tensor and of their places; others have the same by a chance of about 2^-32."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}.get(x.element_size(), torch.int64)
     bits = x.contiguous().view(-1).view(integers)
-    return (bits * torch.arange(1, 2 * len(bits), 2, device=x.device)).sum()
+    places = torch.arange(1, 2 * len(bits), 2, device=x.device, dtype=torch.int32)
+    return int((bits * places).sum())

@@ -177,8 +177,8 @@ class Wiring:
         halves = [torch.rand(self.count, generator=generator) < 0.5 for _ in range(2)]
         _, seen = self._see([marked for half in halves for marked in (half, ~half)])
         for layer in (layer for layer in self.layers if layer.depthwise):
-            bits = seen[Site("column", layer.name)]
-            layer.passes = len(bits) == 4 and bool(((bits[0] ^ bits[1]) & (bits[2] ^ bits[3])).all())
+            a, not_a, b, not_b = (seen[Site("column", layer.name)] >> bit & 1 for bit in range(4))
+            layer.passes = bool(((a ^ not_a) & (b ^ not_b)).all())
 
     def _see(self, marks: Iterable[Tensor]) -> tuple[FindGates, Seen]:
         """Where NaN comes of these units in turn, and the gates on their way."""
@@ -195,9 +195,8 @@ class Wiring:
         self.found, seen = self._see((words >> bit & 1).bool() for bit in range(int(words.max()).bit_length()))
         self.units = {}
         unusable = {Site("column", layer.name) for layer in self.network.layers if layer.reason is not None}
-        for site, bits in seen.items():
-            powers = torch.tensor([1 << bit for bit in bits]).unsqueeze(1)
-            code = (torch.stack([*bits.values()]).cpu() * powers).sum(0)
+        for site, on_device in seen.items():
+            code = on_device.cpu()
             place = torch.searchsorted(words, code).clamp(max=self.count - 1)
             known = (words[place] == code) & (site not in unusable)
             self.units[site] = torch.where(known, place, -1)
@@ -368,9 +367,7 @@ class Wiring:
         runs = [Noise(self.network, members, self.units, seed) for seed in (0, 1)]
         for noise in runs:
             noise.run()
-        first, second = (noise.seen for noise in runs)
-        same = len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-        return same and not any(noise.refused for noise in runs)
+        return runs[0].seen == runs[1].seen and not any(noise.refused for noise in runs)
 
 
 def _unique_in_order(values: Tensor) -> list[int]:
