@@ -16,6 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
+# Before the imports below, of which the first is from there.
 sys.path.insert(0, str(HERE.parents[1] / "examples"))
 
 from monitor import DigitsStream, overall  # noqa: E402

@@ -71,6 +71,9 @@ def _on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+# Triton compiles these: it has no types for mypy, and takes an annotation of an argument for a constant.
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _average_in(places, weight, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     row = places + 3 * tl.program_id(0)
