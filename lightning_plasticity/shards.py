@@ -272,6 +272,27 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_shared_out(tensor) else tensor
 
 
+def put_together(held: Tensor, tensor: Tensor) -> Tensor:
+    """What ranks hold of something that is shared out as a tensor is, whole: in main memory, for a checkpoint.
+
+    All ranks must call this, and all get it. ``part_of(tensor).take`` cuts it again. What is not shared out is copied,
+    where it is.
+
+    Example:
+        >>> put_together(torch.ones(2), torch.zeros(2))
+        tensor([1., 1.])
+    """
+    if not is_shared_out(tensor):
+        return held.clone()
+    return (
+        DTensor.from_local(
+            held, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        )
+        .full_tensor()
+        .cpu()
+    )
+
+
 def sum_over_shards(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
     """Sums that each rank has taken over its part of a tensor, put together to those over the whole tensor.
 
