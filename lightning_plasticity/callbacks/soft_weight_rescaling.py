@@ -43,9 +43,11 @@ class _Share:
     """What a step of one optimizer calls for: tensors to scale, and of each group of weights exponents and lambda.
 
     The logarithms of ``factors``, one for each tensor, are the product of exponents and the groups' logarithms.
+    ``followers`` are the last of the tensors: biases and running statistics, whose norms nothing holds.
     """
 
     tensors: list[Tensor]
+    followers: Tensors
     exponents: Tensor
     coefficients: Tensor
     factors: Tensor
@@ -66,6 +68,10 @@ class SoftWeightRescaling(PlasticityCallback):
     others (attention, GELU, tanh, residual branches): those are rescaled all the same. Where ``coefficient`` is large
     enough for a single step to move the outputs by more than 1 % of their size, a warning says by how much.
     To tell, and to see the order of layers, the first batch runs five more times.
+
+    Beside something that shrinks the weights at every step, such as ``ShrinkAndPerturb``, norms are drawn up again and
+    again, and biases, which follow all layers before them, grow without end. On the CPU the step that would make one
+    overflow is refused with an error.
 
     Where weights are in half precision, what rounding takes away from the small changes is kept in float32, and saved
     in the checkpoint.
@@ -252,8 +258,10 @@ class SoftWeightRescaling(PlasticityCallback):
         exponents = rescaling.exponents[concerned]
         terms = [[(i, exponent) for i, exponent in enumerate(row) if exponent] for row in exponents.tolist()]
         is_small = factors.is_cpu and self._groups is None and sum(map(len, terms)) <= _FEW
+        weights = sum(concerned[: len(self._weights)].tolist())
         return _Share(
             tensors,
+            Tensors(tensors[weights:]),
             exponents.to(self._initial_norms),
             (own * self._coefficients).amax(1).to(self._initial_norms),
             factors,
@@ -308,6 +316,8 @@ class SoftWeightRescaling(PlasticityCallback):
         if not share.tensors:
             return
         self._find_factors(share)
+        if share.factors.is_cpu:  # elsewhere the step would have to wait for the answer
+            self._refuse_overflow(share)
         self.editor.scale(share.tensors, share.factors)
         if self.rebase_on_lr_drop is not None:
             self._last_norms = self._norms()
@@ -332,6 +342,27 @@ class SoftWeightRescaling(PlasticityCallback):
             # Not a product of matrices, which on CUDA may be rounded to TF32.
             terms = share.exponents * log_rescaling_factors(joint, initial, share.coefficients)
             torch.exp(terms.sum(1), out=share.factors)
+
+    def _refuse_overflow(self, share: _Share) -> None:
+        followers = share.followers.tensors
+        of_each = share.factors[len(share.tensors) - len(followers) :]
+        factors = of_each.tolist()
+        if max(factors, default=1.0) <= 1:
+            return
+        if (kernels := share.followers.kernels()) is not None:
+            is_too_large = kernels.overflow(share.followers, of_each)
+        else:
+            largest = torch.stack(torch._foreach_norm(followers, math.inf)).tolist()
+            most = [torch.finfo(tensor.dtype).max for tensor in followers]
+            triples = zip(largest, factors, most, strict=True)
+            is_too_large = any(most >= entry > most / factor for entry, factor, most in triples if factor > 1)
+        if not is_too_large:
+            return
+        raise RuntimeError(
+            "SoftWeightRescaling needs weights that nothing else shrinks again and again: it draws their norms back up "
+            "each time, biases follow all layers before them, and would now be too large for their type. Shrink less "
+            '(ShrinkAndPerturb, weight decay), or leave biases as they are, with biases="keep".'
+        )
 
     def _kernels(self) -> ModuleType | None:
         """Those for norms: on other devices one of PyTorch's operations does all of them."""

@@ -277,6 +277,22 @@ def _scale(like: Any, places: Any, factors: Any) -> None:
             entries[i] *= factor
 
 
+def overflow(tensors: Tensors, factors: Tensor) -> bool:
+    """Whether a finite entry times its tensor's factor is not finite."""
+    return bool(_overflow(_LIKE[tensors.tensors[0].dtype], tensors.places, factors.numpy()))
+
+
+@compiled
+def _overflow(like: Any, places: Any, factors: Any) -> Any:
+    for t in range(len(places)):
+        entries, factor = numba.carray(_at(places[t, 0]), places[t, 1], like.dtype), like.dtype.type(factors[t])
+        if factor > 1:
+            for i in range(len(entries)):
+                if np.isfinite(entries[i]) and not np.isfinite(entries[i] * factor):
+                    return True
+    return False
+
+
 def pull(tensors: Tensors, rate: float) -> None:
     """Draws tensors towards what is beside them: adds the ``-rate``-fold of the difference."""
     like = _LIKE[tensors.tensors[0].dtype]

@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from callbacks.streams import INPUT, convolutional, train
 from lightning_plasticity import SoftWeightRescaling
 from lightning_plasticity.callbacks import soft_weight_rescaling
 from lightning_plasticity.functional.soft_weight_rescaling import proportionality_error
+from lightning_plasticity.kernels import choice
 
 NETWORKS = ["mlp", "cnn", "cnn_bn", *VGG]
 RESIDUAL = ["resnet18", "resnet50"]
@@ -682,6 +684,30 @@ def test_an_optimizer_of_nothing_that_is_rescaled_changes_nothing():
     method.step()
     assert method.optimizer_steps == 1
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("are_kernels_used", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_biases_that_would_overflow_are_refused_before_anything_is_written(are_kernels_used, dtype, monkeypatch):
+    monkeypatch.setattr(choice, "_is_on", are_kernels_used)
+    model = mlp(layers=4).to(dtype)
+    method = SoftWeightRescaling(1.0).attach(model, example_inputs=(torch.randn(4, 5, dtype=dtype),))
+    [share] = method._shares.values()
+    assert (share.followers.kernels() is not None) == (are_kernels_used and dtype == torch.float32)
+    largest = torch.finfo(dtype).max
+    with torch.no_grad():
+        model[2].weight.mul_(0.5)
+        model[4].bias[1] = -0.4 * largest  # goes by the second layer, which doubles: as large as can be
+        method.step()
+        assert model[4].bias[1] == -0.8 * largest or dtype == torch.bfloat16
+        assert model.state_dict()["4.bias"].isfinite().all()
+        model[2].weight.mul_(0.5)
+        before = deepcopy(model.state_dict())
+        with pytest.raises(RuntimeError, match="needs weights that nothing else shrinks"):
+            method.step()
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        model[4].bias[1] = torch.inf  # of the user's own making
+        method.step()
 
 
 # ---- the learning rate
