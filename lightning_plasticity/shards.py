@@ -6,19 +6,20 @@ A whole tensor is the simplest case, a part that is all of it: whoever writes th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_plasticity.distributed import sum_over_ranks, world_size
 from lightning_plasticity.layer_views import LayerView
 
 if dist.is_available():
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
 
@@ -39,6 +40,26 @@ def is_shared_out(tensor: Tensor) -> TypeGuard[DTensor]:
         False
     """
     return dist.is_available() and isinstance(tensor, DTensor)
+
+
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """The modules of a model that FSDP2 shards.
+
+    Example:
+        >>> sharded_modules(nn.Linear(1, 1))
+        []
+    """
+    return [module for module in model.modules() if isinstance(module, FSDPModule)] if dist.is_available() else []
+
+
+def shard_again(modules: Iterable[FSDPModule]) -> None:
+    """Lets FSDP2 let go of the whole parameters that it keeps after a forward pass without a backward pass.
+
+    So it does for the outermost module, as in validation. They stand in the place of the model's own parameters, so
+    that who looks for those finds others, and what is written to those is not seen in the next forward pass.
+    """
+    for module in modules:
+        module.reshard()
 
 
 @dataclass(frozen=True, eq=False)

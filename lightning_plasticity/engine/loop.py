@@ -7,7 +7,7 @@ import weakref
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -30,8 +30,11 @@ from lightning_plasticity.engine.state import VERSION, check_state
 from lightning_plasticity.engine.steps import OptimizerSteps, is_joining, unwrapped
 from lightning_plasticity.kernels import kernels_on, use_kernels
 from lightning_plasticity.names import original
-from lightning_plasticity.shards import is_shared_out
+from lightning_plasticity.shards import is_shared_out, shard_again, sharded_modules
 from lightning_plasticity.units.calls import arguments_of
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 _MANY_CALLS = 100  # of `step` without a step of an optimizer: more than a gradient scaler skips in a row
 
@@ -65,6 +68,7 @@ class LoopMethod(ShowsSettings, Method, ABC):
         self._scope: nn.Module | None = None
         self._trainer: Trainer | None = None
         self._handles: list[RemovableHandle] = []
+        self._sharded: list[FSDPModule] = []
         self._examination: Examination | None = None
         self._parts = 0  # how many parts the method has begun to work on
         self._steps_seen: OptimizerSteps | None = None
@@ -123,6 +127,7 @@ class LoopMethod(ShowsSettings, Method, ABC):
         """
         if self._model is None:
             raise RuntimeError(f"{type(self).__name__}.step() needs a model. Call attach(model, optimizer) first.")
+        shard_again(self._sharded)
         stepped: list[Optimizer | None] = list(self._stepped) if self.optimizers else [None]
         self._stepped.clear()
         if self._trainer is None:
@@ -175,7 +180,7 @@ class LoopMethod(ShowsSettings, Method, ABC):
         self._model = self._wrapper = self._scope = self._trainer = self._examination = None
         self._parts = 0
         self._ready = self._is_interrupted = False
-        self.optimizers = []
+        self.optimizers, self._sharded = [], []
         for name in ("draws", "editor"):
             vars(self).pop(name, None)
 
@@ -247,6 +252,8 @@ class LoopMethod(ShowsSettings, Method, ABC):
 
     def _attach(self, model: nn.Module, optimizers: Iterable[Any]) -> None:
         model = original(model)
+        self._sharded = sharded_modules(model)
+        shard_again(self._sharded)
         optimizers = list(optimizers)
         self._scope = self._find_scope(model)
         check_trains(model, optimizers)
@@ -320,6 +327,7 @@ class LoopMethod(ShowsSettings, Method, ABC):
         self._examination.settle()
         if len(self._examination.parts) > self._parts:
             self._parts = len(self._examination.parts)
+            shard_again(self._sharded)
             if self._ready:
                 self._grow()
                 self._announce()
@@ -358,6 +366,7 @@ class LoopMethod(ShowsSettings, Method, ABC):
         """All that the method must remember, for a checkpoint. In a distributed run all ranks must call it."""
         if not self._ready:
             return dict(self._saved or {})
+        shard_again(self._sharded)
         state = {
             "version": VERSION,
             "optimizer_steps": self.optimizer_steps,

@@ -18,6 +18,7 @@ from lightning_plasticity import checks
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.engine.examination import Question
+from lightning_plasticity.shards import shard_again
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,7 @@ class ScheduledCallback(PlasticityCallback):
         completed = trainer.current_epoch - 1
         if completed >= 0 and completed != self._last_epoch and self.schedule.due_after_epoch(completed):
             self._last_epoch = completed
+            shard_again(self._sharded)
             with torch.no_grad():
                 self._act()
 

@@ -53,11 +53,18 @@ class Classifier(LightningModule):
     def training_step(self, examples: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return cross_entropy(self.net(examples[0]), examples[1])
 
+    def validation_step(self, examples: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.net(examples[0])
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=0.01, eps=1e-6)
 
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(Stream(self.parts), batch_size=None)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """After which FSDP2 leaves the outermost module's parameters whole: before the first step, and between epochs."""
+        return DataLoader(Stream(self.parts[:1]), batch_size=None)
 
 
 class Saves(Callback):
