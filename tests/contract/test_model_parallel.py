@@ -63,7 +63,7 @@ class Classifier(LightningModule):
         return DataLoader(Stream(self.parts), batch_size=None)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """After which FSDP2 leaves the outermost module's parameters whole: before the first step, and between epochs."""
+        """After it FSDP2 leaves the outermost parameters whole: before the first step, and between epochs."""
         return DataLoader(Stream(self.parts[:1]), batch_size=None)
 
 
