@@ -339,6 +339,20 @@ def sum_over_shards(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> list
     return [together.get(i, value) for i, value in enumerate(values)]
 
 
+def whole_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Euclidean norms of whole tensors. Where some are shared out all ranks must call this, and send one message.
+
+    Example:
+        >>> whole_norms([torch.tensor([3.0, 4.0]), torch.zeros(0)], torch.float32)
+        tensor([5., 0.])
+    """
+    held = torch.stack(torch._foreach_norm([local(tensor) for tensor in tensors], dtype=dtype))
+    if not any(map(is_shared_out, tensors)):
+        return held
+    squares = sum_over_shards(list(held.double().square().unbind()), tensors)  # where float32 would overflow
+    return torch.stack(squares).sqrt().to(dtype)
+
+
 @lru_cache(maxsize=4096)
 def _layout(shape: torch.Size, placements: tuple[Any, ...], mesh: Any, device: torch.device) -> Layout | None:
     """Where the part of this rank lies; None where it has all."""

@@ -29,6 +29,7 @@ from lightning_plasticity.kernels import Tensors
 from lightning_plasticity.layers.flow import Flow, flow_in
 from lightning_plasticity.layers.rescaling import change_of_outputs, plan
 from lightning_plasticity.names import submodule
+from lightning_plasticity.shards import local, whole_norms
 from lightning_plasticity.units.calls import ForwardCall
 
 _LARGE = 0.01  # a change of the outputs, as a share of their size, that a step should not bring about by itself
@@ -116,6 +117,8 @@ class SoftWeightRescaling(PlasticityCallback):
         Oh, Park, Han, Kim 2025, arXiv 2507.04683. Its Algorithm 1 begins the product once, at the last normalisation
         layer; here it begins anew at each, as proportionality needs.
     """
+
+    works_on_parts = True
 
     def __init__(
         self,
@@ -352,10 +355,8 @@ class SoftWeightRescaling(PlasticityCallback):
         if (kernels := share.followers.kernels()) is not None:
             is_too_large = kernels.overflow(share.followers, of_each)
         else:
-            largest = torch.stack(torch._foreach_norm(followers, math.inf)).tolist()
-            most = [torch.finfo(tensor.dtype).max for tensor in followers]
-            triples = zip(largest, factors, most, strict=True)
-            is_too_large = any(most >= entry > most / factor for entry, factor, most in triples if factor > 1)
+            pairs = zip(map(local, followers), factors, strict=True)
+            is_too_large = any(factor > 1 and _overflows(values, factor) for values, factor in pairs)
         if not is_too_large:
             return
         raise RuntimeError(
@@ -372,7 +373,7 @@ class SoftWeightRescaling(PlasticityCallback):
         kernels = self._kernels()
         if kernels is None:
             with torch.no_grad():
-                return torch.stack(torch._foreach_norm(self._weights_together.tensors, dtype=self._dtype))
+                return whole_norms(self._weights_together.tensors, self._dtype)
         norms = torch.empty(len(self._weights), dtype=self._dtype)
         kernels.norms(self._weights_together, norms)
         return norms
@@ -429,3 +430,9 @@ class SoftWeightRescaling(PlasticityCallback):
     def _numbers(self) -> dict[str, Tensor | float]:
         ratios = self._norms() / self._initial_norms
         return {"largest_norm_ratio": ratios.max(), "smallest_norm_ratio": ratios.min()}
+
+
+def _overflows(values: Tensor, factor: float) -> bool:
+    """Whether any of some values, none of which is infinite, becomes so when multiplied by a factor above 1."""
+    most = torch.finfo(values.dtype).max
+    return values.numel() > 0 and most >= float(values.abs().max()) > most / factor

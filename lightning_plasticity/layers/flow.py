@@ -111,7 +111,8 @@ def run_with(
 ) -> list[Tensor]:
     """What the network returns with other tensors in the place of the named ones.
 
-    Draws are the same in every call, for every random state is put back.
+    Draws are the same in every call, for every random state is put back. Where parameters are shared out among ranks,
+    all must run it, on the same inputs, and the other tensors may be shared out as well.
 
     It runs in the precision of its weights, without autocasting, so that what it returns is as precise as can be.
     """
@@ -120,7 +121,8 @@ def run_with(
     def cast(x: Tensor) -> Tensor:
         return x.to(parameter.dtype) if x.is_floating_point() else x
 
-    with undisturbed(model), quietly(), torch.autocast(parameter.device.type, enabled=False):
+    autocast = torch.autocast(parameter.device.type, enabled=False)
+    with undisturbed(model), as_if_alone(model), quietly(), autocast:
         given = tree_map_only(Tensor, cast, (tuple(args), dict(kwargs)))
         return list(tensors_in(call_with(model.train(training), tensors, *given)))
 

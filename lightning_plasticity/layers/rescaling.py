@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_plasticity.functional.soft_weight_rescaling import proportionality_error, tie
 from lightning_plasticity.layers.flow import INPUT, Flow, normalises, run_with
 from lightning_plasticity.names import submodule
+from lightning_plasticity.units.together import example_of_all
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ def change_of_outputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str
     that runs in one of the two only is judged by that; what it raises where it runs in neither is raised.
     """
     precision = 16 * max(torch.finfo(weight.dtype).eps for weight in rescaling.weights.values())
+    args, kwargs = example_of_all(model, (args, kwargs))
     changes: list[float] = []
     failure: Exception | None = None
     # In training a batch's own statistics magnify rounding. Batch norm refuses one example there, and evaluation may

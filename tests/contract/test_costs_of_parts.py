@@ -18,19 +18,27 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 
 from contract.shared_out import FSDP_2, NETS, batch
-from lightning_plasticity import ActivationReset, ContinualBackprop, PartialReset, ReDo
-from lightning_plasticity.engine.unit_callback import UnitCallback
+from lightning_plasticity import ActivationReset, ContinualBackprop, PartialReset, ReDo, SoftWeightRescaling
+from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.kernels import use_kernels
 from lightning_plasticity.units.find import find_units
 
-METHODS: dict[str, Callable[..., UnitCallback]] = {
-    "ContinualBackprop": partial(ContinualBackprop, 1e-9),
-    "ContinualBackprop, replacing": partial(ContinualBackprop, 0.003, 1),
-    "ActivationReset": ActivationReset,
-    "ReDo": ReDo,
-    "PartialReset": PartialReset,
+METHODS: dict[str, Callable[[Any], PlasticityCallback]] = {
+    "ContinualBackprop": lambda units: ContinualBackprop(1e-9, units=units),
+    "ContinualBackprop, replacing": lambda units: ContinualBackprop(0.003, 1, units=units),
+    "ActivationReset": lambda units: ActivationReset(units=units),
+    "ReDo": lambda units: ReDo(units=units),
+    "PartialReset": lambda units: PartialReset(units=units),
+    "SoftWeightRescaling": lambda units: SoftWeightRescaling(),
 }
-ORDINARY = {"ContinualBackprop": 1, "ActivationReset": 0, "ReDo": 0, "PartialReset": 1}
+# In an ordinary step: how many messages, and of what size in bytes.
+ORDINARY: dict[str, tuple[int, Callable[[Any], int]]] = {
+    "ContinualBackprop": (1, lambda method: 4 * method._population.columns),
+    "ActivationReset": (0, lambda method: 0),
+    "ReDo": (0, lambda method: 0),
+    "PartialReset": (1, lambda method: 4 * method._population.columns),
+    "SoftWeightRescaling": (1, lambda method: 8 * len(method._weights)),
+}
 _OF_FSDP = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_gather_single", "reduce_scatter_single")
 
 
@@ -73,7 +81,7 @@ def traffic(rank: int) -> dict[str, Any]:
     for name, make in METHODS.items():
         model = vit_tiny()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        method = make(units=units).attach(model, optimizer)
+        method = make(units).attach(model, optimizer)
         for _ in range(3):
             counted.fsdp[:], counted.method[:] = [0, 0], [0, 0]
             before = getattr(method, "replaced", 0)
@@ -82,16 +90,18 @@ def traffic(rank: int) -> dict[str, Any]:
             optimizer.step()
             method.step()
         replaced = getattr(method, "replaced", 0) - before
-        columns = method._population.columns
-        sent[name] = {"fsdp": [*counted.fsdp], "method": [*counted.method], "replaced": replaced, "columns": columns}
+        sent[name] = {"fsdp": [*counted.fsdp], "method": [*counted.method], "replaced": replaced}
+        if name in ORDINARY:
+            messages, size = ORDINARY[name]
+            sent[name]["expected"] = [messages, size(method)]
     return sent
 
 
 def test_a_step_adds_one_small_message_or_none(tmp_path: Path) -> None:
     for sent in on_ranks(2, traffic, tmp_path, seconds=1200):
-        for name, messages in ORDINARY.items():
+        for name in ORDINARY:
             of_method, of_fsdp = sent[name]["method"], sent[name]["fsdp"]
-            assert of_method == [messages, messages * 4 * sent[name]["columns"]], name
+            assert of_method == sent[name]["expected"], name
             assert of_method[1] < 0.01 * of_fsdp[1]
             assert of_fsdp[1] > 3 * 5_000_000 * 4  # parameters are gathered twice, and gradients scattered
         replacing = sent["ContinualBackprop, replacing"]
@@ -99,7 +109,7 @@ def test_a_step_adds_one_small_message_or_none(tmp_path: Path) -> None:
         assert replacing["method"][1] < 0.01 * replacing["fsdp"][1]
 
 
-def peak(rank: int, make: Callable[[], UnitCallback] | None) -> float:
+def peak(rank: int, make: Callable[[], PlasticityCallback] | None) -> float:
     """By how much the process grew in a run in which parameters and what belongs to them are most of it."""
     torch.manual_seed(0)
     use_kernels(False)  # Numba alone takes more than all of this network

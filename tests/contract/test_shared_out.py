@@ -4,7 +4,7 @@ Every rank that shares the batch has other data. On one device the same batches 
 that batch norm sees what it sees on each rank.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,18 @@ from lightning_plasticity import (
     ReDo,
     SelfNormalizedReset,
     ShrinkAndPerturb,
+    SoftWeightRescaling,
     WeightClipping,
 )
 from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.engine.unit_callback import UnitCallback
 from lightning_plasticity.functional.activation_reset import ActivationStrategy
+from lightning_plasticity.layers.flow import trace
+from lightning_plasticity.layers.rescaling import change_of_outputs, plan
 from lightning_plasticity.shards import local, whole
 
 STEPS = 60
-METHODS: dict[str, Callable[[], PlasticityCallback]] = {
+METHODS: dict[str, partial[PlasticityCallback]] = {
     "ContinualBackprop": partial(ContinualBackprop, 0.02, 5, seed=1),
     "ContinualBackprop, adaptable": partial(ContinualBackprop, 0.02, 5, utility="adaptation", init="quantiles", seed=1),
     "ActivationReset": partial(ActivationReset, ActivationStrategy(0.01, 0.01, -0.5, 0.5), maturity_threshold=5),
@@ -48,6 +51,8 @@ METHODS: dict[str, Callable[[], PlasticityCallback]] = {
     "ShrinkAndPerturb": partial(ShrinkAndPerturb, 0.8, 0.2, every_n_train_steps=10, seed=1),
     "LayerReset": partial(LayerReset, 1, every_n_train_steps=10, seed=1),
     "WeightClipping": partial(WeightClipping, 0.9),
+    "SoftWeightRescaling": partial(SoftWeightRescaling, 0.3),
+    "SoftWeightRescaling, held": partial(SoftWeightRescaling, 1.0, biases="keep"),
     "OptimizerReset": partial(OptimizerReset, every_n_train_steps=10),
     "SelfNormalizedReset": partial(
         SelfNormalizedReset, 0.2, every_n_train_steps=10, min_silence=1, max_silence=4, seed=1
@@ -96,21 +101,30 @@ def test_a_method_works_on_parts_or_refuses_them(case: Case, tmp_path: Path) -> 
         dist.destroy_process_group()
 
 
+def change(model: nn.Module, x: Tensor) -> float:
+    """By how much a network's outputs would be moved by what Soft Weight Rescaling does to its weights."""
+    rescaling = plan(model, trace(model, (x,), {}), tie_streams=False)
+    return change_of_outputs(model, (x,), {}, rescaling)
+
+
 WAYS = {2: [FSDP_2, TENSORS_2], 4: [BOTH, FSDP_4, HSDP]}
 
 
 def cases(way: Way) -> Iterator[tuple[str, str]]:
-    """Every method on the MLP under each kind of sharing out, and one of them everywhere."""
+    """Every method on the MLP under each kind of sharing out, with empty parts too if quick, and one everywhere."""
     for kind in NETS:
-        for name in METHODS:
-            if (kind == "MLP" and way not in (FSDP_4, HSDP)) or name == "ContinualBackprop":
+        for name, make in METHODS.items():
+            ways = [FSDP_2, TENSORS_2, BOTH, *([] if issubclass(make.func, UnitCallback) else [FSDP_4])]
+            if (kind == "MLP" and way in ways) or name == "ContinualBackprop":
                 yield kind, name
 
 
 def courses(rank: int, ways: list[Way]) -> dict[Any, Any]:
-    got = {}
+    got: dict[Any, Any] = {}
     for way in ways:
         part = rank // way.tensors
+        for kind in NETS:
+            got[str(way), kind] = change(way.share_out(NETS[kind]), batch(0, part)[0])
         for kind, name in cases(way):
             got[str(way), kind, name] = course(METHODS[name](), way.share_out(NETS[kind]), [part], (batch(0, part)[0],))
     return got
@@ -139,3 +153,13 @@ def test_the_course_is_that_of_one_device(ranks: Any) -> None:
                 assert got["chosen"] == alone["chosen"], (way, kind, name)
                 for parameter, wanted in alone["weights"].items():
                     assert relative_difference(got["weights"][parameter], wanted) < 1e-9, (way, kind, name, parameter)
+
+
+def test_the_change_of_outputs_is_that_of_one_device(ranks: Any) -> None:
+    ways, results = ranks
+    for kind in NETS:
+        alone = change(NETS[kind].seeded(), batch(0, 0)[0])
+        assert (alone > 0) == (kind != "MLP")  # which would be rescaled exactly
+        for way in ways:
+            for rank in results:
+                assert rank[str(way), kind] == pytest.approx(alone, rel=1e-9)
