@@ -21,7 +21,7 @@ from lightning_plasticity.engine.training_pass import (
     trainers_loss,
 )
 from lightning_plasticity.functional.direction_aware_shrink import shrink_factors
-from lightning_plasticity.layers.weights import LayerPatterns, find_bias, find_weights
+from lightning_plasticity.layers.weights import LayerPatterns, find_bias, find_weights, has_inputs_first
 
 
 class DirectionAwareShrink(ScheduledCallback):
@@ -99,6 +99,7 @@ class DirectionAwareShrink(ScheduledCallback):
         self.loss: Loss | None = checks.optional(checks.function, "loss", loss)
         self.patterns = LayerPatterns(checks.words("include", include), checks.words("exclude", exclude))
         self._parameters: list[nn.Parameter] = []
+        self._inputs_first: set[nn.Parameter] = set()  # weights with a row for each input
 
     @override
     def _start(self) -> None:
@@ -109,6 +110,7 @@ class DirectionAwareShrink(ScheduledCallback):
             )
         weights = find_weights(self.model, self.module or "", self.patterns)
         biases = [find_bias(self.model, name) for name in weights]
+        self._inputs_first = {weight for name, weight in weights.items() if has_inputs_first(self.model, name)}
         self._parameters = list(dict.fromkeys(p for p in (*weights.values(), *biases) if p is not None))
         due = self._due()
         if not any(id(parameter) in due for parameter in self._parameters):
@@ -124,7 +126,7 @@ class DirectionAwareShrink(ScheduledCallback):
 
     @override
     def _stop(self) -> None:
-        self._parameters = []
+        self._parameters, self._inputs_first = [], set()
 
     @override
     def _act(self) -> None:
@@ -137,8 +139,11 @@ class DirectionAwareShrink(ScheduledCallback):
             self.leave_alone(self.module or type(self.model).__name__, "the gradients of all batches")
             return
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            factors = shrink_factors(parameter, -gradient, self.least)
-            self.editor.write([parameter], [parameter * factors])
+            weight, direction = parameter.detach(), -gradient
+            if parameter in self._inputs_first:
+                weight, direction = weight.T, direction.T
+            shrunk = weight * shrink_factors(weight, direction, self.least)
+            self.editor.write([parameter], [shrunk.T if parameter in self._inputs_first else shrunk])
 
     def _data(self) -> Iterable[Any]:
         if self._trainer is None:

@@ -15,7 +15,7 @@ from lightning_plasticity.engine.examination import Part
 from lightning_plasticity.functional.parseval_regularization import parseval_update
 from lightning_plasticity.layers.flow import flow_in
 from lightning_plasticity.layers.trained import LayerWeights
-from lightning_plasticity.layers.weights import LayerPatterns
+from lightning_plasticity.layers.weights import LayerPatterns, has_inputs_first
 from lightning_plasticity.names import submodule
 from lightning_plasticity.units.calls import ForwardCall
 
@@ -89,6 +89,7 @@ class ParsevalRegularization(PlasticityCallback):
         self.reference_width = checks.optional(checks.count, "reference_width", reference_width, least=1)
         self.last_layer = last_layer
         self.patterns = LayerPatterns(checks.words("include", include), checks.words("exclude", exclude))
+        self._strengths: dict[Tensor, float] = {}  # of each weight: what the learning rate is multiplied by
         self._last: set[Tensor] = set()  # the parameters of the layers that the outputs come from
 
     @override
@@ -115,6 +116,7 @@ class ParsevalRegularization(PlasticityCallback):
         self._weights = LayerWeights(
             type(self).__name__, self.model, self.module or "", self.patterns, self.optimizers, self._last
         )
+        self._strengths = {weight: self._strength(weight, name) for weight, name in self._weights.names.items()}
 
     @override
     def _works_on(self) -> str:
@@ -122,16 +124,21 @@ class ParsevalRegularization(PlasticityCallback):
 
     @override
     def _stop(self) -> None:
-        self._last = set()
+        self._last, self._strengths = set(), {}
         vars(self).pop("_weights", None)
 
     @override
     def _after_step(self, optimizer: Optimizer | None) -> None:
         for rate, weights in self._weights.trained_by(optimizer):
             values = self.editor.precise(weights)
-            self.editor.add(weights, [self._update(value, rate * self.coefficient) for value in values])
+            rates = [rate * self._strengths[weight] for weight in weights]
+            self.editor.add(weights, [self._update(*pair) for pair in zip(values, rates, strict=True)])
+
+    def _strength(self, weight: Tensor, name: str) -> float:
+        if self.reference_width is None:
+            return self.coefficient
+        outputs = weight.shape[1 if has_inputs_first(self.model, name) else 0]
+        return self.coefficient * (self.reference_width / outputs) ** 2
 
     def _update(self, weight: Tensor, rate: Tensor | float) -> Tensor:
-        if self.reference_width is not None:
-            rate = rate * (self.reference_width / len(weight)) ** 2
         return parseval_update(weight.flatten(1), rate, self.target).view(weight.shape)

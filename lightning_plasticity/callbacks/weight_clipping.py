@@ -13,7 +13,7 @@ from lightning_plasticity import checks
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.layers.trained import LayerWeights
-from lightning_plasticity.layers.weights import LayerPatterns, find_bias
+from lightning_plasticity.layers.weights import LayerPatterns, find_bias, has_inputs_first
 
 
 class WeightClipping(PlasticityCallback):
@@ -75,7 +75,8 @@ class WeightClipping(PlasticityCallback):
         self._weights = LayerWeights(type(self).__name__, self.model, self.module or "", self.patterns, self.optimizers)
         for weight, name in self._weights.names.items():
             bias = find_bias(self.model, name) if self.biases else None
-            limit = self.kappa / math.sqrt(math.prod(weight.shape[1:]))
+            inputs = len(weight) if has_inputs_first(self.model, name) else math.prod(weight.shape[1:])
+            limit = self.kappa / math.sqrt(inputs)
             self._limited[weight] = limit, [weight] if bias is None else [weight, bias]
 
     @override

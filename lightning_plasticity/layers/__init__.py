@@ -11,6 +11,7 @@ from lightning_plasticity.layers.weights import (
     find_norm_parameters,
     find_parameters,
     find_weights,
+    has_inputs_first,
 )
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "find_norm_parameters",
     "find_parameters",
     "find_weights",
+    "has_inputs_first",
     "plan",
     "trace",
 ]

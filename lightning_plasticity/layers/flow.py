@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
 from lightning_plasticity.functional.substitution import call_with
+from lightning_plasticity.layer_views.home_made import home_made
 from lightning_plasticity.names import named_modules_as_written
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.channels import is_norm, tensors_in
@@ -131,7 +132,7 @@ def _run_traced(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     tracer = _Tracer()
     handles = []
     for name, module in named_modules_as_written(model, prefix):
-        if isinstance(module, _WITH_WEIGHTS) or normalises(module):
+        if isinstance(module, _WITH_WEIGHTS) or normalises(module) or home_made(module) is not None:
             handles.append(module.register_forward_pre_hook(tracer.before(name), with_kwargs=True))
             handles.append(module.register_forward_hook(tracer.after(name)))
     try:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_plasticity.editing.editable import check_editable
+from lightning_plasticity.layer_views.home_made import home_made
 from lightning_plasticity.names import named_modules_as_written, submodule
 from lightning_plasticity.units.channels import is_norm
 
@@ -44,7 +45,9 @@ class LayerPatterns:
 def find_weights(model: nn.Module, scope: str, patterns: LayerPatterns) -> dict[str, nn.Parameter]:
     """The weights of the layers that are meant, by their names in the model.
 
-    A weight that several layers share comes once, and one that is also an embedding's is an embedding: it is left out.
+    A module that is no layer of PyTorch's, but does with its weight what one does, is a layer (Hugging Face's
+    ``Conv1D``). A weight that several layers share comes once, and one that is also an embedding's is an embedding: it
+    is left out.
 
     Args:
         model: The network.
@@ -60,7 +63,7 @@ def find_weights(model: nn.Module, scope: str, patterns: LayerPatterns) -> dict[
         >>> list(find_weights(model, "", LayerPatterns(("*",), ())))
         ['2.in_proj_weight', '2.out_proj.weight']
     """
-    layers = {name: layer for name, layer in _modules(model, scope) if isinstance(layer, _LAYERS)}
+    layers = {name: module for name, module in _modules(model, scope) if _is_layer(module)}
     for pattern in (*patterns.include, *patterns.exclude):
         if layers and not any(fnmatchcase(name, pattern) for name in layers):
             raise ValueError(
@@ -97,7 +100,7 @@ def find_biases(model: nn.Module, scope: str, patterns: LayerPatterns, of_norms:
         bias
         for name, module in _modules(model, scope)
         # Normalisation layers have no common class. What has a bias and is neither a layer nor a recurrent one is one.
-        if (of_norms or isinstance(module, _LAYERS)) and patterns.mean(name)
+        if (of_norms or _is_layer(module)) and patterns.mean(name)
         for own_name in _BIASES
         if (bias := module._parameters.get(own_name)) is not None
     ]
@@ -114,6 +117,17 @@ def find_bias(model: nn.Module, weight: str) -> nn.Parameter | None:
     layer, _, own_name = weight.rpartition(".")
     bias = "bias" if own_name == "weight" else "in_proj_bias"
     return submodule(model, layer)._parameters.get(bias)
+
+
+def has_inputs_first(model: nn.Module, weight: str) -> bool:
+    """Whether the rows of a matrix of :func:`find_weights` are its layer's inputs, as with Hugging Face's ``Conv1D``.
+
+    Example:
+        >>> has_inputs_first(nn.Sequential(nn.Linear(4, 3)), "0.weight")
+        False
+    """
+    kind = home_made(submodule(model, weight.rpartition(".")[0]))
+    return kind is not None and kind.transposed
 
 
 def find_parameters(model: nn.Module, scope: str, patterns: LayerPatterns) -> dict[str, nn.Parameter]:
@@ -146,6 +160,10 @@ def find_norm_parameters(model: nn.Module, scope: str) -> dict[str, nn.Parameter
         if is_norm(module)
         for own_name, parameter in module.named_parameters(recurse=False)
     }
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, _LAYERS) or home_made(module) is not None
 
 
 def _modules(model: nn.Module, scope: str) -> Iterator[tuple[str, nn.Module]]:

@@ -4,7 +4,20 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_plasticity import ActivationReset, ContinualBackprop, PartialReset, ReDo
+from lightning_plasticity import (
+    ActivationReset,
+    ContinualBackprop,
+    DirectionAwareShrink,
+    IsometryReinit,
+    L2Init,
+    ParsevalRegularization,
+    PartialReset,
+    ReDo,
+    SelectiveReinit,
+    SoftWeightRescaling,
+    SpectralRegularization,
+    WeightClipping,
+)
 
 METHODS = {
     "ContinualBackprop": lambda: ContinualBackprop(0.05, maturity_threshold=3),
@@ -14,6 +27,23 @@ METHODS = {
     "ReDo": lambda: ReDo(0.5, every_n_train_steps=4),
     "ReDo by gradient": lambda: ReDo(0.5, every_n_train_steps=4, score="gradient"),
     "PartialReset": lambda: PartialReset(0.5, every_n_train_steps=4, init="empirical"),
+}
+# Those on weights, whichever unit they belong to. No draws: these depend on how a weight lies in memory.
+ON_WEIGHTS = {
+    "DirectionAwareShrink": lambda: DirectionAwareShrink(
+        every_n_train_steps=4,
+        data=[(torch.linspace(-1, 1, 32).view(8, 4), 0.5)],
+        loss=lambda model, batch: (model(batch[0]) - batch[1]).square().mean(),
+    ),
+    "IsometryReinit": lambda: IsometryReinit(every_n_train_steps=4),
+    "L2Init": lambda: L2Init(0.3),
+    "ParsevalRegularization": lambda: ParsevalRegularization(0.5),
+    "SelectiveReinit": lambda: SelectiveReinit(0.3, every_n_train_steps=4, reinit="mean"),
+    "SelectiveReinit by gradient": lambda: SelectiveReinit(
+        0.3, every_n_train_steps=4, reinit="mean", utility="gradient"
+    ),
+    "SoftWeightRescaling": lambda: SoftWeightRescaling(0.5),
+    "WeightClipping": lambda: WeightClipping(0.5),
 }
 
 
@@ -111,3 +141,37 @@ def test_home_made_layers_like_linear_ones(name):
     expected = train(linear(), METHODS[name]())
     assert any(not torch.allclose(a, b, atol=1e-3) for a, b in zip(plain, expected, strict=True))
     torch.testing.assert_close(train(home_made(), METHODS[name]()), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ON_WEIGHTS)
+def test_methods_on_weights_take_home_made_layers_as_linear_ones(name):
+    plain = train(linear())
+    expected = train(linear(), ON_WEIGHTS[name]())
+    assert any(not torch.allclose(a, b, atol=1e-3) for a, b in zip(plain, expected, strict=True))
+    torch.testing.assert_close(train(home_made(), ON_WEIGHTS[name]()), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_spectral_regularization_holds_the_norm_of_home_made_layers():
+    model = home_made()
+    with torch.no_grad():
+        model[2].weight.mul_(5)
+    start = torch.linalg.matrix_norm(model[2].weight, 2)
+    train(model, SpectralRegularization(1.0))
+    assert torch.linalg.matrix_norm(model[2].weight, 2) < 0.9 * start
+
+
+def test_a_fused_weight_with_inputs_first_is_shared_out_by_columns():
+    class Fused(nn.Sequential):
+        def forward(self, x):
+            query, key, value = self.qkv(x).chunk(3, -1)
+            return query * key.sigmoid() + value
+
+    model = Fused()
+    model.qkv = Conv1D(nn.Linear(4, 12))
+    IsometryReinit(exact=True, on_fit_start=True).attach(model, torch.optim.SGD(model.parameters(), 0.1))
+    for part in model.qkv.weight.detach().chunk(3, 1):
+        torch.testing.assert_close(part.T @ part, torch.eye(4))
+    torch.manual_seed(0)
+    model.qkv = Conv1D(nn.Linear(4, 13))
+    with pytest.raises(ValueError, match=r"The 13 rows of 'qkv\.weight' must be shared out evenly"):
+        IsometryReinit(on_fit_start=True).attach(model, torch.optim.SGD(model.parameters(), 0.1))

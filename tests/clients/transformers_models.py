@@ -95,8 +95,6 @@ def train_lora(callbacks: list[Config]) -> Run:
     return fit(Transformer(model), DataLoader(Sentences(None), batch_size=4), instantiate(callbacks))
 
 
-OF_LAYERS = ("SelectiveReinit", "ParsevalRegularization", "SpectralRegularization", "WeightClipping")
-OF_CONV1D = "Its layers are `transformers.pytorch_utils.Conv1D`, which are of none of these kinds."
 CLIENTS = [
     Client("BERT of transformers, called by keywords", train_bert, ("model",), needs=("transformers",)),
     Client(
@@ -104,9 +102,6 @@ CLIENTS = [
         train_gpt2,
         ("model",),
         refused={
-            **dict.fromkeys(OF_LAYERS, Refusal("needs weights of linear, convolution or attention layers", OF_CONV1D)),
-            "DirectionAwareShrink": Refusal("needs linear, attention or convolution layers", OF_CONV1D),
-            "IsometryReinit": Refusal("needs weights of linear, attention or convolution layers", OF_CONV1D),
             "LayerReset": Refusal(
                 "would also reset 'model.transformer.wte.weight', which is one parameter with 'model.lm_head.weight'",
                 "The last layer and the embedding of words share their weights: whether both are meant is to be said.",

@@ -439,26 +439,45 @@ REPLACED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:LSTM with projections")
-@pytest.mark.parametrize("name", REPLACED)
-def test_the_optimizer_forgets_exactly_the_entries_of_replaced_units(name):
+RECURRENT = ("LSTM", "GRU", "projections")
+REPLACING = {
+    "ContinualBackprop": lambda: lp.ContinualBackprop(0.2, 1, compensate_bias=False, optimizer_state="reset", seed=0),
+    "ReDo": lambda: lp.ReDo(0.9, 2, optimizer_state="reset", seed=0),
+}
+
+
+def in_training(name, method):
+    """A network, its optimizer, and what goes on to take a step of training."""
     torch.manual_seed(0)
     build, shape = REPLACED[name]
     model = build().train()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    method = lp.ContinualBackprop(0.2, 1, compensate_bias=False, optimizer_state="reset", seed=0)
-    method.attach(
-        model, optimizer, example_inputs=(torch.randn(1, *shape[1:]) if name != "graph" else torch.randn(shape),)
-    )
-    chosen = {}
-    replace_units = method._population.replace
-    method._population.replace = lambda which, *others: (chosen.update(which), replace_units(which, *others))
-    layers = named_layers(model)
-    written = 0
-    for _ in range(6):
+    example = torch.randn(shape) if name == "graph" else torch.randn(1, *shape[1:])
+    method.attach(model, optimizer, example_inputs=(example,))
+
+    def step():
         optimizer.zero_grad()
         model(torch.randn(shape)).square().mean().backward()
         optimizer.step()
+
+    return model, optimizer, step
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("kind", REPLACING)
+@pytest.mark.parametrize("name", REPLACED)
+def test_the_optimizer_forgets_exactly_the_entries_of_replaced_units(name, kind):
+    method = REPLACING[kind]()
+    model, optimizer, step = in_training(name, method)
+    chosen = {}
+    replace_units = method._population.replace
+    method._population.replace = lambda which, *args, **kwargs: (
+        chosen.update(which), replace_units(which, *args, **kwargs)
+    )  # fmt: skip
+    layers = named_layers(model)
+    written = 0
+    for _ in range(6):
+        step()
         before = {p: (p.detach().clone(), optimizer.state[p]["exp_avg"].clone()) for p in model.parameters()}
         chosen.clear()
         method.step()
@@ -476,6 +495,25 @@ def test_the_optimizer_forgets_exactly_the_entries_of_replaced_units(name):
             assert torch.equal(optimizer.state[p]["exp_avg"], average.masked_fill(masks[p], 0.0))
             written += int(masks[p].sum())
     assert written
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("name", REPLACED)
+def test_the_optimizer_forgets_exactly_the_weights_that_selective_reinit_draws_anew(name):
+    every = "all" if name in RECURRENT else "weights"
+    method = lp.SelectiveReinit(
+        0.2, every_n_train_steps=2, reinit="normal", parameters=every, optimizer_state="reset", seed=0
+    )
+    model, optimizer, step = in_training(name, method)
+    for number in range(4):
+        step()
+        before = {p: (p.detach().clone(), optimizer.state[p]["exp_avg"].clone()) for p in model.parameters()}
+        method.step()
+        for p, (value, average) in before.items():
+            assert torch.equal(optimizer.state[p]["exp_avg"], average.masked_fill(p.detach() != value, 0.0))
+        drawn = [int((p.detach() != value).sum()) for p, (value, _) in before.items() if p.ndim > 1]
+        shares = [count / p.numel() for count, p in zip(drawn, (p for p in before if p.ndim > 1), strict=True)]
+        assert all(abs(share - 0.2) < 0.1 for share in shares) if number % 2 else not any(drawn)
 
 
 def rows_of(view, entries, masks):
