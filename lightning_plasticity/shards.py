@@ -69,12 +69,14 @@ class Layout:
     Attributes:
         shape: of the whole.
         places: for each dimension the indices in the whole of what the part has there, in order; None where it has all.
-        pieces: for each dimension into how many pieces it is cut.
+        pieces: for each dimension into how many pieces it is cut; a piece is a run of indices.
+        piece: for each dimension which of these the part has, counted in the order of the whole.
     """
 
     shape: torch.Size
     places: tuple[Tensor | None, ...]
     pieces: tuple[int, ...]
+    piece: tuple[int, ...]
 
     @cached_property
     def lookups(self) -> tuple[Tensor | None, ...]:
@@ -98,7 +100,7 @@ class Part:
         layout: where it lies in the whole; None where it is the whole.
 
     Example:
-        >>> layout = Layout(torch.Size([4, 2]), (torch.tensor([2, 3]), None), pieces=(2, 1))
+        >>> layout = Layout(torch.Size([4, 2]), (torch.tensor([2, 3]), None), pieces=(2, 1), piece=(1, 0))
         >>> part = Part(torch.zeros(2, 2), layout)  # as the second of two ranks has it under FSDP2
         >>> part.find(0, torch.tensor([3, 0]))  # of rows 3 and 0 it has the first: in its own row 1
         (tensor([1]), tensor([0]))
@@ -132,8 +134,9 @@ class Part:
         if self.layout is None:
             return Part(self.local.transpose(0, 1), None)
         first, second, *others = self.layout.shape
-        (a, b, *rest), (x, y, *more) = self.layout.places, self.layout.pieces
-        swapped = Layout(torch.Size((second, first, *others)), (b, a, *rest), (y, x, *more))
+        (a, b, *rest), (x, y, *more), (i, j, *same) = self.layout.places, self.layout.pieces, self.layout.piece
+        shape = torch.Size((second, first, *others))
+        swapped = Layout(shape, (b, a, *rest), (y, x, *more), (j, i, *same))
         return Part(self.local.transpose(0, 1), swapped)
 
     def places(self, dim: int) -> Tensor | None:
@@ -280,6 +283,22 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.to_local()
 
 
+def gradient(parameter: Tensor) -> Tensor | None:
+    """A parameter's gradient, shared out as the parameter is.
+
+    Under sequence parallelism each rank has a term of it: then the terms are added up, and all ranks must call this.
+
+    Example:
+        >>> gradient(torch.zeros(2, requires_grad=True)) is None
+        True
+    """
+    found = parameter.grad
+    if found is None or not is_shared_out(found) or not any(each.is_partial() for each in found.placements):
+        return found
+    assert is_shared_out(parameter), "what every rank holds for itself has a gradient of its own"
+    return found.redistribute(placements=parameter.placements)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor put together from all ranks, which must all call this; one that is not shared out as it is.
 
@@ -319,7 +338,7 @@ def sum_over_shards(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> list
 
     All ranks must call this, with values of the same shapes and types in one order. All values of one type travel in a
     single message to all ranks, whatever the layouts; where no tensor is shared out nothing is sent. A part that
-    several ranks hold counts once.
+    several ranks hold counts once, and sums of integers are exact.
 
     Args:
         values: each computed from the part of a tensor, 0 where that is empty.
@@ -334,8 +353,8 @@ def sum_over_shards(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> list
     shared = [i for i, part in enumerate(parts) if part.shards > 1]
     if not shared:
         return list(values)
-    sums = sum_over_ranks([values[i] * parts[i].share for i in shared])
-    together = dict(zip(shared, sums, strict=True))
+    sums = sum_over_ranks([values[i] for i in shared])
+    together = {i: _of_one_copy(total, world_size() // parts[i].shards) for i, total in zip(shared, sums, strict=True)}
     return [together.get(i, value) for i, value in enumerate(values)]
 
 
@@ -353,6 +372,10 @@ def whole_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.stack(squares).sqrt().to(dtype)
 
 
+def _of_one_copy(total: Tensor, copies: int) -> Tensor:
+    return total / copies if total.is_floating_point() else total // copies
+
+
 @lru_cache(maxsize=4096)
 def _layout(shape: torch.Size, placements: tuple[Any, ...], mesh: Any, device: torch.device) -> Layout | None:
     """Where the part of this rank lies; None where it has all."""
@@ -362,7 +385,7 @@ def _layout(shape: torch.Size, placements: tuple[Any, ...], mesh: Any, device: t
             f"placed as {placements}: each rank holds a term of a sum. Redistribute it as Shard or Replicate."
         )
     places: list[Tensor | None] = [None] * len(shape)
-    pieces = [1] * len(shape)
+    pieces, piece = [1] * len(shape), [0] * len(shape)
     coordinates = mesh.get_coordinate()
     # FSDP2 splits what tensor parallelism has left, and marks that by a split factor: it comes last, from the right.
     plain = [i for i, placement in enumerate(placements) if not hasattr(placement, "split_factor")]
@@ -377,4 +400,5 @@ def _layout(shape: torch.Size, placements: tuple[Any, ...], mesh: Any, device: t
         chunks = torch.chunk(held, mesh.size(i))  # fewer than asked for where there is too little: the others are empty
         places[dim] = chunks[coordinates[i]] if coordinates[i] < len(chunks) else held[:0]
         pieces[dim] *= mesh.size(i)
-    return Layout(shape, tuple(places), tuple(pieces)) if math.prod(pieces) > 1 else None
+        piece[dim] = piece[dim] * mesh.size(i) + coordinates[i]
+    return Layout(shape, tuple(places), tuple(pieces), tuple(piece)) if math.prod(pieces) > 1 else None

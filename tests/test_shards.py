@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
-from lightning_plasticity.shards import local, part_of, put_together, sum_over_shards, whole
+from lightning_plasticity.shards import gradient, local, part_of, put_together, sum_over_shards, whole
 
 RANKS = 4
 
@@ -73,6 +73,22 @@ def looked_at(parameter: Tensor) -> dict[str, Any]:
     }
 
 
+def sequence() -> tuple[nn.Sequential, Tensor]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 10)), torch.randn(2, 8, 6)
+
+
+def gradients_of_a_sequence(rank: int) -> dict[str, Any]:
+    """Of a network of which each rank is given a part of the sequence: of the norm's it has a term each."""
+    model, x = sequence()
+    mesh = init_device_mesh("cpu", (RANKS,))
+    model = parallelize_module(model, mesh, {"0": SequenceParallel(), "1": ColwiseParallel(input_layouts=Shard(1))})
+    (model(x.chunk(RANKS, 1)[rank]) ** 2).sum().backward()
+    assert model[0].weight.grad.placements[0].is_partial()
+    assert all(gradient(p).placements == p.placements for p in model.parameters())
+    return {name: whole(gradient(p)) for name, p in model.named_parameters()}
+
+
 def on_each_rank(rank: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for way in WAYS:
@@ -95,6 +111,7 @@ def on_each_rank(rank: int) -> dict[str, Any]:
                 torch.randn(size, size + 2, generator=torch.Generator().manual_seed(size)), mesh, placements
             )
             results[f"{name} {size}"] = {"tensor": looked_at(tensor)}
+    results["gradients"] = gradients_of_a_sequence(rank)
     term = DTensor.from_local(torch.ones(2), mesh, [Partial(), Partial()])
     with pytest.raises(RuntimeError, match="each rank holds a term of a sum"):
         part_of(term)
@@ -109,7 +126,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_parts_are_what_the_ranks_hold(ranks: list[dict[str, Any]]) -> None:
     expected = copy.deepcopy(network()).state_dict()
     for way in ranks[0]:
-        for name in ranks[0][way].keys() - {"written"}:
+        for name in ranks[0][way].keys() - {"written"} if way != "gradients" else ():
             of_ranks = [rank[way][name] for rank in ranks]
             for part in of_ranks:
                 if name in expected and way != "columns":
@@ -136,6 +153,16 @@ def test_what_is_written_to_a_part_is_in_the_tensor(ranks: list[dict[str, Any]])
             assert (after > 0).all()
             if way not in (hsdp, columns):  # where others have written to the same entries
                 assert (own == rank + 1).all()
+
+
+def test_gradients_are_added_up_where_each_rank_has_a_term(ranks: list[dict[str, Any]]) -> None:
+    model, x = sequence()
+    (model(x) ** 2).sum().backward()
+    for rank in ranks:
+        for name, parameter in model.named_parameters():
+            assert gradient(parameter) is parameter.grad
+            # each rank's loss is of its part of the outputs
+            torch.testing.assert_close(rank["gradients"][name], parameter.grad)
 
 
 def test_a_whole_tensor_is_the_part_that_is_all_of_it() -> None:

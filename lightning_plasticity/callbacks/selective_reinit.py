@@ -18,17 +18,17 @@ from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.editing.initial import InitialDistribution
 from lightning_plasticity.engine.gradient_utility import GradientUtility
 from lightning_plasticity.engine.schedule import Schedule, ScheduledCallback
+from lightning_plasticity.functional.selection import below, smallest
 from lightning_plasticity.functional.selective_reinit import (
     Case,
     Reinit,
-    below,
     check_settings,
     count_due,
     gradient_utilities,
     new_values,
-    smallest,
 )
 from lightning_plasticity.layers.weights import LayerPatterns, find_biases, find_parameters, find_weights
+from lightning_plasticity.shards import gradient, local, part_of, sum_over_shards
 
 Utility: TypeAlias = Literal["magnitude", "gradient", "random"]
 Parameters: TypeAlias = Literal["weights", "all"]
@@ -108,6 +108,8 @@ class SelectiveReinit(ScheduledCallback):
         Coetzer, Schreuder, Bosman 2026, arXiv 2603.20860 (before fine-tuning); Hernandez-Garcia, Dohare, Luo, Sutton
         2025, arXiv 2508.00212 (while training).
     """
+
+    works_on_parts = True
 
     def __init__(
         self,
@@ -248,7 +250,7 @@ class SelectiveReinit(ScheduledCallback):
             return
         biases = self._biases()
         self._act()
-        self.editor.write(biases, [torch.zeros_like(bias) for bias in biases])
+        self.editor.write(biases, [torch.zeros_like(local(bias)) for bias in biases])
         self._applied, self._applied_to = True, weakref.ref(self.model)
         if self._trainer is not None:
             self._log(self._trainer, self._shares(), self._trainer.global_step)
@@ -298,7 +300,9 @@ class SelectiveReinit(ScheduledCallback):
                 f"{type(self).__name__} needs weights that are trained and, with utility='gradient', have a gradient, "
                 "but found none. In a plain loop, call step() before zero_grad()."
             )
-        self._renewed = {name: (self._renew(name, weight), weight.numel()) for name, weight in judged.items()}
+        here = [self._renew(name, weight) for name, weight in judged.items()]
+        counts = zip(judged.items(), sum_over_shards(here, list(judged.values())), strict=True)
+        self._renewed = {name: (int(count), weight.numel()) for (name, weight), count in counts}
         if not self._has_reported:
             self._has_reported = True
             self._report()
@@ -310,26 +314,28 @@ class SelectiveReinit(ScheduledCallback):
         return self.utility != "gradient" or weight.grad is not None
 
     def _utility(self, name: str, weight: Tensor) -> Tensor:
-        """What ranks the weights by its magnitude."""
+        """What ranks the weights that are here by its magnitude."""
         if self._averages_gradients:
             return self._averages.read(name)
         if self.utility == "random":
-            return torch.rand(weight.shape, generator=self.draws.generator(weight.device), device=weight.device)
-        if weight.grad is None or self.utility == "magnitude":
-            return weight
-        return gradient_utilities([weight], [weight.grad])[0]
+            values = torch.rand(weight.shape, generator=self.draws.generator(weight.device), device=weight.device)
+            return part_of(weight).take(values)
+        if self.utility == "magnitude" or (found := gradient(weight)) is None:
+            return local(weight)
+        return gradient_utilities([local(weight)], [local(found)])[0]
 
-    def _renew(self, name: str, weight: Tensor) -> int:
+    def _renew(self, name: str, weight: Tensor) -> Tensor:
+        """Gives new values to what is due of a tensor, and tells how many of those that are here got one."""
         utility = self._utility(name, weight)
-        if not (is_finite(weight) and is_finite(utility)):
+        if not is_finite(weight, utility):
             self.leave_alone(name, "its weights or their gradients")
-            return 0
-        mask = self._choose(utility)
+            return torch.zeros((), dtype=torch.int64, device=weight.device)
+        mask = self._choose(utility, weight)
         generator = self.draws.generator(weight.device)
         if self.reinit == "init":
             new = self._initial.draw(name, generator)[mask]
         elif self.reinit == "init_mean":
-            new = weight.new_tensor(self._initial.mean(name))
+            new = torch.tensor(self._initial.mean(name), dtype=weight.dtype, device=weight.device)
         else:
             new = new_values(weight, mask, self.reinit, generator, self.std)
         write = self.editor.write_masked if new.dim() == 0 else self.editor.write_packed
@@ -337,18 +343,18 @@ class SelectiveReinit(ScheduledCallback):
         if self._averages_gradients and self.forget == "all":
             self._averages.forget(name)
         elif self._averages_gradients:
-            self._averages.renew(name, mask)
-        return int(torch.count_nonzero(mask))
+            self._averages.renew(name, mask, weight)
+        return torch.count_nonzero(mask)
 
-    def _choose(self, values: Tensor) -> Tensor:
+    def _choose(self, values: Tensor, weight: Tensor) -> Tensor:
         if self.threshold is not None:
             return below(values, self.threshold)
         if self.relative_threshold is not None:
-            return below(values, self.relative_threshold, relative=True)
-        count, remainder = count_due(self.fraction, values.numel())
+            return below(values, self.relative_threshold, relative=True, tensor=weight)
+        count, remainder = count_due(self.fraction, weight.numel())
         if not self.schedule.on_fit_start:
             count += int(torch.rand((), generator=self.draws.generator("cpu")) < remainder)
-        return smallest(values, count)
+        return smallest(values, count, weight)
 
     @property
     def _averages_gradients(self) -> bool:
@@ -399,7 +405,7 @@ class SelectiveReinit(ScheduledCallback):
             **super()._state(),
             "applied": self._applied,
             "initial": self._initial.state_dict(),
-            "averages": self._averages.state_dict(),
+            "averages": self._averages.state_dict(self._weights),
         }
 
     @override

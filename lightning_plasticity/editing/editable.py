@@ -89,17 +89,21 @@ def check_editable(target: nn.Module | nn.Parameter, name: str) -> None:
         check_norm(target, name)
 
 
-def is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor, *beside: Tensor) -> bool:
     """Whether no entry of a tensor, on any rank, is NaN or infinite, told without temporaries of its size.
+
+    Args:
+        tensor: the tensor.
+        *beside: what else of the part that this rank holds must be finite.
 
     Example:
         >>> import torch
         >>> is_finite(torch.tensor([1.0, 2.0])), is_finite(torch.tensor([1.0, torch.nan, -torch.inf]))
         (True, False)
     """
-    held = local(tensor).detach()
-    is_here = held.numel() == 0 or all(bool(end.isfinite()) for end in held.aminmax())  # NaN is in both
-    return not any_rank_has(not is_here, held.device) if is_shared_out(tensor) else is_here
+    held = [one.detach() for one in (local(tensor), *beside) if one.numel()]
+    is_here = all(bool(end.isfinite()) for one in held for end in one.aminmax())  # NaN is in both
+    return not any_rank_has(not is_here, local(tensor).device) if is_shared_out(tensor) else is_here
 
 
 def check_finite(parameters: Mapping[str, Tensor], needs: str) -> None:

@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_plasticity.functional.selection import mean_of_all
 from lightning_plasticity.functional.selective_reinit import gradient_utilities
+from lightning_plasticity.shards import gradient, local, part_of, put_together
 
 
 class GradientUtility:
     r"""The average :math:`u \leftarrow \eta u + (1 - \eta) |w \cdot \partial L / \partial w|` of each weight.
 
-    Averages begin at 0, and are corrected for it when they are read.
+    Averages begin at 0, and are corrected for it when they are read. Of a tensor that is shared out among ranks each
+    keeps those of its part.
 
     Args:
         decay_rate: :math:`\eta`; with 0.0 the average is the last value.
@@ -36,7 +39,8 @@ class GradientUtility:
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor]) -> None:
         """Take in the gradients of those weights that have one."""
-        seen = {name: (weight, weight.grad) for name, weight in weights.items() if weight.grad is not None}
+        found = {name: (weight, gradient(weight)) for name, weight in weights.items()}
+        seen = {name: (local(weight), local(grad)) for name, (weight, grad) in found.items() if grad is not None}
         if not seen:
             return
         for name, (weight, _) in seen.items():
@@ -59,23 +63,24 @@ class GradientUtility:
         """The average of a tensor of weights, of which a gradient has been seen."""
         return self._averages[name] / (1 - self._decay_rate ** self._updates[name])
 
-    def renew(self, name: str, mask: Tensor) -> None:
+    def renew(self, name: str, mask: Tensor, weight: Tensor) -> None:
         """Forget the record of the masked weights: they get the tensor's mean average."""
-        self._averages[name].masked_fill_(mask, self._averages[name].mean())
+        self._averages[name].masked_fill_(mask, mean_of_all(self._averages[name], weight))
 
     def forget(self, name: str) -> None:
         """Begin the average of a tensor anew."""
         self._averages.pop(name)
         self._updates.pop(name)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The averages and how many steps are in them, for a checkpoint."""
-        averages = {name: average.clone() for name, average in self._averages.items()}
+    def state_dict(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The averages, put together, and how many steps are in them, for a checkpoint."""
+        averages = {name: put_together(average, weights[name]) for name, average in self._averages.items()}
         return {"averages": averages, "updates": dict(self._updates)}
 
     def load_state_dict(self, state_dict: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
-        """Put back the averages of a checkpoint, on the devices of these weights."""
+        """Put back the averages of a checkpoint, or the parts of them that belong to the parts of these weights."""
         self._averages = {
-            name: average.to(weights[name].device, copy=True) for name, average in state_dict["averages"].items()
+            name: part_of(weights[name]).take(average.to(weights[name].device, copy=True))
+            for name, average in state_dict["averages"].items()
         }
         self._updates = dict(state_dict["updates"])

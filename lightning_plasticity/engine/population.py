@@ -21,7 +21,7 @@ from lightning_plasticity.engine.unit_sets import Reader, Table, UnitSet, check_
 from lightning_plasticity.kernels import Tensors
 from lightning_plasticity.layer_views import LayerView, layers_of
 from lightning_plasticity.names import named_modules_as_written
-from lightning_plasticity.shards import by_output, inputs_read, is_shared_out, matrix, part_of
+from lightning_plasticity.shards import by_output, gradient, inputs_read, is_shared_out, matrix, part_of
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.find import Findings, HiddenUnits, explore
 
@@ -356,9 +356,9 @@ class Population:
         """
         sizes = {}
         for i in sets:
-            gradient, main = self.sets[i].weights[0].grad, self.sets[i].producers[0]
-            if gradient is not None:
-                sizes[i] = self._size_by_row(main.layer, gradient)[main.entries].mean(1)
+            found, main = gradient(self.sets[i].weights[0]), self.sets[i].producers[0]
+            if found is not None:
+                sizes[i] = self._size_by_row(main.layer, found)[main.entries].mean(1)
         return dict(zip(sizes, self._over_ranks(list(sizes.values())), strict=True))
 
     def replace(

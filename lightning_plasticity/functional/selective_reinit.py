@@ -2,26 +2,17 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-Reinit: TypeAlias = Literal["mean", "mean_noise", "normal", "init", "init_mean"]
+from lightning_plasticity.functional.selection import Chosen, mean_of_all, pieces_of
+from lightning_plasticity.shards import local, sum_over_shards
 
-# Tensors are read in pieces, so that choosing takes hardly any memory beside the mask. On the CPU they are just too
-# small for PyTorch to share them among threads, which wait longer for each other than they work on a busy machine.
-_PIECE = {"cpu": 2**15 - 1}
-_PIECE_ON_ACCELERATORS = 2**22
-_DIGIT = 11  # bits
-_PATTERN = {
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-    torch.float32: torch.int32,
-    torch.float64: torch.int64,
-}
+Reinit: TypeAlias = Literal["mean", "mean_noise", "normal", "init", "init_mean"]
 
 
 @dataclass(frozen=True)
@@ -83,44 +74,6 @@ def gradient_utilities(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -
     return utilities
 
 
-def smallest(values: Tensor, count: int) -> Tensor:
-    """Mask the ``count`` entries of the smallest magnitude; among equal ones those that come first, row by row.
-
-    So the choice depends on the values alone, and is the same on every rank. NaN counts as the largest.
-
-    Example:
-        >>> smallest(torch.tensor([[0.5, -0.1], [0.2, 0.1]]), 2)
-        tensor([[False,  True],
-                [False,  True]])
-    """
-    mask = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
-    if count == 0:
-        return mask
-    last, ties = _pattern_of_rank(values, count)
-    for chosen, patterns in zip(_pieces(mask), _patterns(values), strict=True):
-        torch.lt(patterns, last, out=chosen)
-        tied = (patterns == last).nonzero().flatten()[:ties]
-        chosen[tied] = True
-        ties -= len(tied)
-    return mask
-
-
-def below(values: Tensor, threshold: float, relative: bool = False) -> Tensor:
-    """Mask the entries whose magnitude is below a threshold, or at most this multiple of the tensor's mean magnitude.
-
-    Where all entries are 0, all are masked with a multiple; where the mean is not finite, none is.
-
-    Example:
-        >>> below(torch.tensor([1.0, -2.0, 3.0]), 2.0), below(torch.tensor([1.0, -2.0, 9.0]), 0.5, relative=True)
-        (tensor([ True, False, False]), tensor([ True,  True, False]))
-    """
-    magnitudes = values.abs()
-    if not relative:
-        return magnitudes < threshold
-    bound = threshold * magnitudes.mean(dtype=_wide(values.dtype))
-    return (magnitudes <= bound) & bound.isfinite()
-
-
 def new_values(
     weight: Tensor, mask: Tensor, reinit: Reinit, generator: torch.Generator, std: float | None = None
 ) -> Tensor:
@@ -145,57 +98,23 @@ def new_values(
     """
     if reinit not in ("mean", "mean_noise", "normal"):
         raise ValueError(f"reinit must be 'mean', 'mean_noise' or 'normal' here, got {reinit!r}.")
-    weight, wide = weight.detach(), _wide(weight.dtype)
-    mean = weight.mean(dtype=wide)
+    held, wide = local(weight).detach(), _wide(weight.dtype)
+    mean = mean_of_all(held, weight)
     if reinit == "mean":
         return mean
-    # Not mask.sum(), which turns the mask into integers first: twice the memory of the tensor.
-    count = int(torch.count_nonzero(mask))
-    noise = torch.randn(count, generator=generator, dtype=wide, device=weight.device)
+    chosen = Chosen(mask, weight)
+    noise = torch.randn(chosen.count, generator=generator, dtype=wide, device=held.device)
+    noise = chosen.take(noise)
     if reinit == "normal":
         return noise.mul_(1.0 if std is None else std)
-    pieces = zip(_pieces(weight), _pieces(mask), strict=True)
-    remaining = sum(torch.linalg.vector_norm(torch.where(chosen, 0, w), 1, dtype=wide) for w, chosen in pieces)
-    return noise.mul_(remaining / (10 * max(weight.numel() - count, 1))).add_(mean)
+    pieces = zip(pieces_of(held), pieces_of(mask), strict=True)
+    sizes = [torch.linalg.vector_norm(torch.where(own, 0, w), 1, dtype=wide) for w, own in pieces]
+    [remaining] = sum_over_shards([sum(sizes, start=mean.new_zeros(()))], [weight])
+    return noise.mul_(remaining / (10 * max(weight.numel() - chosen.count, 1))).add_(mean)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _pieces(values: Tensor) -> Sequence[Tensor]:
-    """Views, row by row; of a copy where the tensor is laid out otherwise."""
-    return torch.split(values.detach().flatten(), _PIECE.get(values.device.type, _PIECE_ON_ACCELERATORS))
-
-
-def _patterns(values: Tensor) -> Iterator[Tensor]:
-    """The bits of the magnitudes as integers, piece by piece: they are in the same order as the magnitudes."""
-    for piece in _pieces(values):
-        yield piece.abs().view(_PATTERN[values.dtype])
-
-
-def _pattern_of_rank(values: Tensor, count: int) -> tuple[int, int]:
-    """The bits of the magnitude that is at place ``count``, and how many of those equal to it are needed up to there.
-
-    Found digit by digit, the highest first, from a histogram of those that agree in the digits before it: several times
-    as fast as ``torch.kthvalue``, and without copies of the tensor.
-    """
-    bits, found = torch.finfo(values.dtype).bits, 0
-    remaining = bits
-    while remaining > 0:
-        width = min(_DIGIT, remaining)
-        remaining -= width
-        histogram = torch.zeros(2**width, dtype=torch.int64, device=values.device)
-        for patterns in _patterns(values):
-            digits = patterns >> remaining
-            if remaining + width < bits:
-                digits = digits[digits >> width == found] & (2**width - 1)
-            histogram += torch.bincount(digits, minlength=2**width)
-        up_to = histogram.cumsum(0)
-        digit = int(torch.searchsorted(up_to, count))
-        count -= int(up_to[digit] - histogram[digit])
-        found = found << width | digit
-    return found, count
 
 
 def check_settings(

@@ -268,9 +268,9 @@ class SeesUtility(SelectiveReinit):
         super().__init__(utility="gradient", include="net.first", **settings)
         self.seen: list[Tensor] = []
 
-    def _choose(self, values: Tensor) -> Tensor:
+    def _choose(self, values: Tensor, weight: Tensor) -> Tensor:
         self.seen.append(values.clone())
-        return super()._choose(values)
+        return super()._choose(values, weight)
 
 
 @pytest.mark.parametrize("settings", [{"every_n_train_steps": 1}, {"every_n_epochs": 1}])

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from contract.cases import Case
 from contract.shared_out import BOTH, FSDP_2, FSDP_4, HSDP, NETS, TENSORS_2, Way, batch
-from contract.training import Network, every_case, seeded
+from contract.training import Network, assert_same, every_case, seeded
 from lightning_plasticity import (
     ActivationReset,
     ContinualBackprop,
@@ -28,6 +28,7 @@ from lightning_plasticity import (
     OptimizerReset,
     PartialReset,
     ReDo,
+    SelectiveReinit,
     SelfNormalizedReset,
     ShrinkAndPerturb,
     SoftWeightRescaling,
@@ -54,6 +55,15 @@ METHODS: dict[str, partial[PlasticityCallback]] = {
     "SoftWeightRescaling": partial(SoftWeightRescaling, 0.3),
     "SoftWeightRescaling, held": partial(SoftWeightRescaling, 1.0, biases="keep"),
     "OptimizerReset": partial(OptimizerReset, every_n_train_steps=10),
+    "SelectiveReinit": partial(SelectiveReinit, 0.2, "mean_noise", every_n_train_steps=10, seed=1),
+    "SelectiveReinit by chance": partial(SelectiveReinit, 0.2, "normal", std=0.1, utility="random", seed=1),
+    "SelectiveReinit by gradient": partial(
+        SelectiveReinit, 0.1, "init", utility="gradient", decay_rate=0.9, zero_biases=True, every_n_train_steps=10
+    ),
+    # Without the layer before batch norm, among the gradients of whose bias rounding alone would choose.
+    "SelectiveReinit as published": partial(
+        SelectiveReinit.as_published, relative_threshold=0.2, every_n_train_steps=10, exclude="0", seed=1
+    ),
     "SelfNormalizedReset": partial(
         SelfNormalizedReset, 0.2, every_n_train_steps=10, min_silence=1, max_silence=4, seed=1
     ),
@@ -64,25 +74,38 @@ def course(method: PlasticityCallback, model: nn.Module, parts: list[int], examp
     """A plain loop; for each step which units were new, and at the end all weights, put together."""
     # A bias before batch norm has gradients of 0 but for rounding, which without eps Adam would make as large as any.
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, eps=1e-6)
+    before = copies(model)
     method.attach(model, optimizer, examples)
     chosen: list[Any] = []
-    acted = False
+    acted = any_differs(before, model)
     for step in range(STEPS):
         optimizer.zero_grad()
         for part in parts:
             x, y = batch(step, part)
             (cross_entropy(model(x), y) / len(parts)).backward()
         optimizer.step()
-        before = [local(p).detach().clone() for p in model.parameters()]
+        before = copies(model)
         method.step()
-        acted |= bool(method._numbers().get("resets")) or not all(
-            map(torch.equal, before, map(local, model.parameters()))
-        )
+        acted |= bool(method._numbers().get("resets")) or any_differs(before, model)
+        if isinstance(method, SelectiveReinit):
+            chosen.append(dict(method._renewed))
         if isinstance(method, UnitCallback):
             chosen.append((method._numbers().get("replaced"), (method._ages.now() == 0).nonzero().squeeze(1).tolist()))
     weights = {name: whole(p).detach() for name, p in model.named_parameters()}
+    state = method.state_dict()
+    method.load_state_dict(state)
+    assert_same(method.state_dict(), state)
+    averages = method._averages.state_dict(method._weights)["averages"] if isinstance(method, SelectiveReinit) else {}
     method.detach()
-    return {"chosen": chosen, "weights": weights, "acted": acted}
+    return {"chosen": chosen, "tensors": weights | {f"average of {n}": a for n, a in averages.items()}, "acted": acted}
+
+
+def copies(model: nn.Module) -> list[Tensor]:
+    return [local(p).detach().clone() for p in model.parameters()]
+
+
+def any_differs(before: list[Tensor], model: nn.Module) -> bool:
+    return not all(map(torch.equal, before, map(local, model.parameters())))
 
 
 @every_case
@@ -151,8 +174,9 @@ def test_the_course_is_that_of_one_device(ranks: Any) -> None:
             for rank in results:
                 got = rank[str(way), kind, name]
                 assert got["chosen"] == alone["chosen"], (way, kind, name)
-                for parameter, wanted in alone["weights"].items():
-                    assert relative_difference(got["weights"][parameter], wanted) < 1e-9, (way, kind, name, parameter)
+                assert got["tensors"].keys() == alone["tensors"].keys()
+                for tensor, wanted in alone["tensors"].items():
+                    assert relative_difference(got["tensors"][tensor], wanted) < 1e-9, (way, kind, name, tensor)
 
 
 def test_the_change_of_outputs_is_that_of_one_device(ranks: Any) -> None:

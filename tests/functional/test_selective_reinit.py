@@ -9,14 +9,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_plasticity.functional import selective_reinit
+from lightning_plasticity.functional import selection
+from lightning_plasticity.functional.selection import below, smallest
 from lightning_plasticity.functional.selective_reinit import (
     Case,
-    below,
     count_due,
     gradient_utilities,
     new_values,
-    smallest,
 )
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -39,7 +38,7 @@ def test_smallest(dtype: torch.dtype, piece: int, data: st.DataObject) -> None:
     values = values.view(rows, 4) if data.draw(st.booleans()) else values.view(4, rows).t()
     count = data.draw(st.integers(0, values.numel()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(selective_reinit._PIECE, "cpu", piece)
+        patch.setitem(selection._PIECE, "cpu", piece)
         mask = smallest(values, count)
     assert mask.shape == values.shape
     assert mask.flatten().tolist() == smallest_slowly(values, count)
