@@ -13,6 +13,7 @@ from lightning_plasticity.shards import part_of, sum_over_shards
 _PIECE = {"cpu": 2**15 - 1}
 _PIECE_ON_ACCELERATORS = 2**22
 _DIGIT = 11  # bits
+_DIGIT_THAT_IS_SENT = 8  # a message of 2 kB in place of 16
 _PATTERN = {
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
@@ -80,8 +81,7 @@ def smallest(values: Tensor, count: int, tensor: Tensor | None = None) -> Tensor
     """Mask the ``count`` entries of the smallest magnitude; among equal ones those that come first, row by row.
 
     So the choice depends on the values alone, and is the same on every rank. NaN counts as the largest. Where a tensor
-    is shared out, ranks send how many entries have which digits, never the entries: 16 kB for each digit, of which
-    there are two to six.
+    is shared out, ranks send how many entries have which digits, never the entries: 2 kB for each byte of an entry.
 
     Args:
         values: one for each entry of the tensor, or of the part of it that this rank holds.
@@ -163,9 +163,9 @@ def _pattern_of_rank(values: Tensor, count: int, tensor: Tensor) -> tuple[int, i
     as fast as ``torch.kthvalue``, and without copies of the tensor.
     """
     bits, found = torch.finfo(values.dtype).bits, 0
-    remaining = bits
+    remaining, digit_size = bits, _DIGIT if part_of(tensor).layout is None else _DIGIT_THAT_IS_SENT
     while remaining > 0:
-        width = min(_DIGIT, remaining)
+        width = min(digit_size, remaining)
         remaining -= width
         histogram = torch.zeros(2**width, dtype=torch.int64, device=values.device)
         for patterns in _patterns(values):

@@ -18,7 +18,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 
 from contract.shared_out import FSDP_2, NETS, batch
-from lightning_plasticity import ActivationReset, ContinualBackprop, PartialReset, ReDo, SoftWeightRescaling
+from lightning_plasticity import (
+    ActivationReset,
+    ContinualBackprop,
+    PartialReset,
+    ReDo,
+    SelectiveReinit,
+    SoftWeightRescaling,
+)
 from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.kernels import use_kernels
 from lightning_plasticity.units.find import find_units
@@ -30,6 +37,7 @@ METHODS: dict[str, Callable[[Any], PlasticityCallback]] = {
     "ReDo": lambda units: ReDo(units=units),
     "PartialReset": lambda units: PartialReset(units=units),
     "SoftWeightRescaling": lambda units: SoftWeightRescaling(),
+    "SelectiveReinit, acting": lambda units: SelectiveReinit(0.1, every_n_train_steps=3),
 }
 # In an ordinary step: how many messages, and of what size in bytes.
 ORDINARY: dict[str, tuple[int, Callable[[Any], int]]] = {
@@ -107,6 +115,10 @@ def test_a_step_adds_one_small_message_or_none(tmp_path: Path) -> None:
         replacing = sent["ContinualBackprop, replacing"]
         assert replacing["replaced"] > 20
         assert replacing["method"][1] < 0.01 * replacing["fsdp"][1]
+        # Of each tensor whether all is finite, what is equal in four digits, and the mean; of all together the counts.
+        messages, size = sent["SelectiveReinit, acting"]["method"]
+        assert messages == 50 * 6 + 1
+        assert size < 0.01 * replacing["fsdp"][1]
 
 
 def peak(rank: int, make: Callable[[], PlasticityCallback] | None) -> float:

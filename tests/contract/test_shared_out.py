@@ -62,7 +62,15 @@ METHODS: dict[str, partial[PlasticityCallback]] = {
     ),
     # Without the layer before batch norm, among the gradients of whose bias rounding alone would choose.
     "SelectiveReinit as published": partial(
-        SelectiveReinit.as_published, relative_threshold=0.2, every_n_train_steps=10, exclude="0", seed=1
+        SelectiveReinit,
+        reinit="init",
+        utility="gradient",
+        relative_threshold=0.2,
+        parameters="all",
+        optimizer_state="keep",
+        every_n_train_steps=10,
+        exclude="0",
+        seed=1,
     ),
     "SelfNormalizedReset": partial(
         SelfNormalizedReset, 0.2, every_n_train_steps=10, min_silence=1, max_silence=4, seed=1
