@@ -21,7 +21,13 @@ from lightning_plasticity.engine.training_pass import (
     trainers_loss,
 )
 from lightning_plasticity.functional.direction_aware_shrink import shrink_factors
-from lightning_plasticity.layers.weights import LayerPatterns, find_bias, find_weights, has_inputs_first
+from lightning_plasticity.layers.weights import (
+    LayerPatterns,
+    find_bias,
+    find_weights,
+    has_inputs_first,
+    weights_in_words,
+)
 
 
 class DirectionAwareShrink(ScheduledCallback):
@@ -122,7 +128,8 @@ class DirectionAwareShrink(ScheduledCallback):
 
     @override
     def _works_on(self) -> str:
-        return f"{len(self._parameters)} weights and biases."
+        found = [parameter for parameter in self._parameters if parameter.ndim > 1]
+        return weights_in_words(found, self.model, self.module or "") + " Biases go with them."
 
     @override
     def _stop(self) -> None:

@@ -12,7 +12,7 @@ from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.engine.schedule import Schedule, ScheduledCallback
 from lightning_plasticity.functional.isometry_reinit import nearest_isometry
 from lightning_plasticity.layers.matrices import FUSED, Matrices
-from lightning_plasticity.layers.weights import LayerPatterns, find_weights
+from lightning_plasticity.layers.weights import LayerPatterns, find_weights, weights_in_words
 from lightning_plasticity.names import submodule
 
 
@@ -103,7 +103,7 @@ class IsometryReinit(ScheduledCallback):
 
     @override
     def _works_on(self) -> str:
-        return f"{len(self._weights)} weights."
+        return weights_in_words(self._weights.values(), self.model, self.module or "")
 
     @override
     def _stop(self) -> None:

@@ -15,7 +15,7 @@ from lightning_plasticity.engine.examination import Part
 from lightning_plasticity.functional.parseval_regularization import parseval_update
 from lightning_plasticity.layers.flow import flow_in
 from lightning_plasticity.layers.trained import LayerWeights
-from lightning_plasticity.layers.weights import LayerPatterns, has_inputs_first
+from lightning_plasticity.layers.weights import LayerPatterns, has_inputs_first, weights_in_words
 from lightning_plasticity.names import submodule
 from lightning_plasticity.units.calls import ForwardCall
 
@@ -120,7 +120,7 @@ class ParsevalRegularization(PlasticityCallback):
 
     @override
     def _works_on(self) -> str:
-        return f"{len(self._weights.names)} weights."
+        return weights_in_words(self._weights.names, self.model, self.module or "")
 
     @override
     def _stop(self) -> None:

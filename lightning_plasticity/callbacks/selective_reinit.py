@@ -27,7 +27,13 @@ from lightning_plasticity.functional.selective_reinit import (
     gradient_utilities,
     new_values,
 )
-from lightning_plasticity.layers.weights import LayerPatterns, find_biases, find_parameters, find_weights
+from lightning_plasticity.layers.weights import (
+    LayerPatterns,
+    find_biases,
+    find_parameters,
+    find_weights,
+    weights_in_words,
+)
 from lightning_plasticity.shards import gradient, local, part_of, sum_over_shards
 
 Utility: TypeAlias = Literal["magnitude", "gradient", "random"]
@@ -279,7 +285,7 @@ class SelectiveReinit(ScheduledCallback):
 
     @override
     def _works_on(self) -> str:
-        return f"{len(self._weights)} weights."
+        return weights_in_words(self._weights.values(), self.model, self.module or "")
 
     @override
     def _stop(self) -> None:

@@ -28,6 +28,7 @@ from lightning_plasticity.functional.soft_weight_rescaling import (
 from lightning_plasticity.kernels import Tensors
 from lightning_plasticity.layers.flow import Flow, flow_in
 from lightning_plasticity.layers.rescaling import change_of_outputs, plan
+from lightning_plasticity.layers.weights import weights_in_words
 from lightning_plasticity.names import submodule
 from lightning_plasticity.shards import local, whole_norms
 from lightning_plasticity.units.calls import ForwardCall
@@ -395,7 +396,8 @@ class SoftWeightRescaling(PlasticityCallback):
 
     @override
     def _works_on(self) -> str:
-        return f"{len(self._weights)} weights, with the biases and running statistics that go with them."
+        found = weights_in_words(self._weights.values(), self.model, self.module or "")
+        return f"{found} Biases and running statistics go with them."
 
     @override
     def _state(self) -> dict[str, Any]:

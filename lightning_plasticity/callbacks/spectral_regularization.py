@@ -16,7 +16,7 @@ from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.functional.spectral_regularization import power_iteration, spectral_step, vector_step
 from lightning_plasticity.layers.trained import LayerWeights
-from lightning_plasticity.layers.weights import LayerPatterns, find_bias, find_norm_parameters
+from lightning_plasticity.layers.weights import LayerPatterns, find_bias, find_norm_parameters, weights_in_words
 
 
 class SpectralRegularization(PlasticityCallback):
@@ -108,7 +108,7 @@ class SpectralRegularization(PlasticityCallback):
 
     @override
     def _works_on(self) -> str:
-        return f"{len(self._weights.names)} weights."
+        return weights_in_words(self._weights.names, self.model, self.module or "")
 
     @override
     def _stop(self) -> None:

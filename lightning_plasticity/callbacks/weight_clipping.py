@@ -13,7 +13,7 @@ from lightning_plasticity import checks
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.layers.trained import LayerWeights
-from lightning_plasticity.layers.weights import LayerPatterns, find_bias, has_inputs_first
+from lightning_plasticity.layers.weights import LayerPatterns, find_bias, has_inputs_first, weights_in_words
 
 
 class WeightClipping(PlasticityCallback):
@@ -81,7 +81,7 @@ class WeightClipping(PlasticityCallback):
 
     @override
     def _works_on(self) -> str:
-        return f"{len(self._weights.names)} weights."
+        return weights_in_words(self._weights.names, self.model, self.module or "")
 
     @override
     def _stop(self) -> None:

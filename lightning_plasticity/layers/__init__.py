@@ -12,6 +12,7 @@ from lightning_plasticity.layers.weights import (
     find_parameters,
     find_weights,
     has_inputs_first,
+    weights_in_words,
 )
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "has_inputs_first",
     "plan",
     "trace",
+    "weights_in_words",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Collection, Iterator, Sized
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from lightning_plasticity import checks
 from lightning_plasticity.editing.editable import check_editable
 from lightning_plasticity.layer_views.home_made import home_made
 from lightning_plasticity.names import named_modules_as_written, submodule
@@ -86,6 +87,26 @@ def find_weights(model: nn.Module, scope: str, patterns: LayerPatterns) -> dict[
                     seen.add(parameter)
                     weights[name] = parameter
     return weights
+
+
+def weights_in_words(weights: Collection[Tensor], model: nn.Module, scope: str) -> str:
+    """How many weights a method works on, and which matrices that are trained it leaves out.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
+        >>> weights_in_words([model[1].weight], model, "")
+        "1 weights (of 2). Left out: '0.weight'."
+    """
+    known = set(weights)
+    others = [
+        f"{name}.{own_name}".lstrip(".")
+        for name, module in _modules(model, scope)
+        for own_name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim > 1 and parameter.requires_grad and parameter not in known
+    ]
+    if not others:
+        return f"{len(known)} weights."
+    return f"{len(known)} weights (of {len(known) + len(others)}). Left out: {checks.few(others)}."
 
 
 def find_biases(model: nn.Module, scope: str, patterns: LayerPatterns, of_norms: bool) -> list[nn.Parameter]:

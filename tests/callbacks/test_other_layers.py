@@ -1,5 +1,7 @@
 """Layers that hold their weights another way round are treated as the layers that do the same."""
 
+import logging
+
 import pytest
 import torch
 from torch import nn
@@ -175,3 +177,29 @@ def test_a_fused_weight_with_inputs_first_is_shared_out_by_columns():
     model.qkv = Conv1D(nn.Linear(4, 13))
     with pytest.raises(ValueError, match=r"The 13 rows of 'qkv\.weight' must be shared out evenly"):
         IsometryReinit(on_fit_start=True).attach(model, torch.optim.SGD(model.parameters(), 0.1))
+
+
+class Routed(nn.Module):
+    """A layer, and a weight that no method on layers knows how to take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.experts = nn.Parameter(torch.randn(2, 6, 6))
+
+    def forward(self, x):
+        hidden = self.inner(x).relu()
+        return self.head(torch.einsum("bi,eio->bo", hidden, self.experts))
+
+
+@pytest.mark.parametrize("name", sorted({*ON_WEIGHTS, "SpectralRegularization"} - {"L2Init"}))
+def test_a_line_says_which_weights_are_left_out(name, caplog):
+    lines = []
+    for model in (Routed(), linear()):
+        method = ON_WEIGHTS.get(name, SpectralRegularization)()
+        with caplog.at_level(logging.INFO):
+            method.attach(model, torch.optim.SGD(model.parameters(), 0.1), (torch.zeros(2, 4),)).detach()
+        lines.append(caplog.records[-1].getMessage())
+    is_parseval = name == "ParsevalRegularization"  # which leaves the last layer out
+    assert f"works on {2 - is_parseval} weights (of 3). Left out: 'experts'" in lines[0]
+    assert f"works on {3 - is_parseval} weights{' (of 3)' * is_parseval}." in lines[1]
