@@ -173,6 +173,22 @@ def test_nadam_begins_with_less_than_a_fresh_one_and_has_its_pace_as_its_momentu
     assert cleared > 10
 
 
+def test_momentum_with_dampening_begins_without_the_first_gradient_s_privilege() -> None:
+    make = partial(torch.optim.SGD, lr=LR, momentum=0.9, dampening=0.6)
+    ours, fresh = moves_of_old_and_fresh(make, torch.ones(4, dtype=torch.float64))
+    momentum = torch.tensor([sum(0.9**i for i in range(age)) for age in range(1, 5)], dtype=torch.float64)
+    torch.testing.assert_close(ours, 0.4 * momentum)
+    assert fresh[0].item() == pytest.approx(1.0)  # the whole of its first gradient
+
+
+def test_the_rate_of_adagrad_goes_on_to_fall() -> None:
+    make = partial(torch.optim.Adagrad, lr=LR, lr_decay=0.1)
+    ours, fresh = moves_of_old_and_fresh(make, torch.ones(4, dtype=torch.float64))
+    ages = torch.arange(4, dtype=torch.float64)  # of which a step is 1 / sqrt(age + 1)
+    torch.testing.assert_close(fresh, 1 / (1 + 0.1 * ages) / (ages + 1).sqrt())
+    torch.testing.assert_close(ours, 1 / (1 + 0.1 * (50 + ages)) / (ages + 1).sqrt())
+
+
 @pytest.mark.parametrize("eps", [1e-8, 1e-3, 1.0])
 def test_with_a_large_epsilon_an_entry_that_is_reset_moves_less_than_a_fresh_one(eps: float) -> None:
     gradients = 0.1 + torch.rand(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
