@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,7 @@ IMPORTED = ("hypothesis", "torch", "lightning.pytorch", "pytorch_lightning", "to
 
 
 def stages(file: str) -> list[list[str]]:
-    """The tests of a file, those of its room, then what every method must hold."""
+    """The tests of a file, those of its room and of the methods that import it, then what every method must hold."""
     room, name = os.path.split(file)
     stem = name.removesuffix(".py")
     own = [*(ROOT / "tests").glob(f"*/test_{stem}.py"), *(ROOT / "tests").glob(f"test_{stem}.py")]
@@ -37,11 +37,22 @@ def stages(file: str) -> list[list[str]]:
     is_method = (ROOT / "lightning_plasticity" / "callbacks" / name).exists() and stem != "monitor"
     if room and not is_method:
         found.append([f"tests/{room}" if (ROOT / "tests" / room).is_dir() else "tests/callbacks/test_monitor.py"])
+    if tests := [*of_users(file)]:
+        found.append(tests)
     if room in MEASURES:
         return found
     # A method's class has the file's name; what serves all methods is asked of some.
     methods = ["-k", stem.replace("_", "") if is_method else " or ".join(SOME_METHODS)]
     return [*found, [*CONTRACT, *methods], ["tests/faults", "tests/test_checks.py", *methods]]
+
+
+def of_users(file: str) -> Iterator[str]:
+    """The tests of the callbacks that import a file."""
+    name = f"lightning_plasticity.{file.removesuffix('.py').replace(os.sep, '.')} import"
+    for path in sorted((ROOT / "lightning_plasticity" / "callbacks").glob("*.py")):
+        tests = f"tests/callbacks/test_{path.name}"
+        if name in path.read_text() and (ROOT / tests).exists():
+            yield tests
 
 
 def judged(mutant: Mutant) -> str:

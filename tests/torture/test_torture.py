@@ -39,6 +39,7 @@ def test_a_fault_is_judged_by_tests_that_are_there() -> None:
         "lightning_plasticity/callbacks/redo.py",
         "tests/callbacks/test_redo.py",
     ]
+    assert ["tests/callbacks/test_direction_aware_shrink.py"] in mutation.stages("engine/training_pass.py")
 
 
 def test_a_part_writes_its_own_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
