@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from lightning_plasticity.kernels import Tensors, on_cpu
@@ -34,7 +35,7 @@ def pairs(entries: int) -> dict[str, tuple[Callable[[], object], Callable[[], ob
     weights = [torch.randn(entries // 4 // columns, columns) for _ in range(4)]
     together, factors, norms = Tensors(weights), torch.ones(4), torch.zeros(4)
     together.kernels()
-    shape = torch.tensor([[0, 0, 1, 1, len(weights[0]), columns, 1, 0]] * 4)
+    shape = np.array([[0, 0, 1, 1, len(weights[0]), columns, 1, 0]] * 4)
     sizes, out = torch.rand(columns), torch.zeros(columns)
     x, total, size = torch.randn(entries // 64, 64), torch.zeros(64), torch.zeros(64)
     each = factors.unbind()

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -131,7 +132,7 @@ def together(tensors: Sequence[torch.Tensor], beside: Sequence[torch.Tensor] = (
 def compiled_averages(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> Extra:
     weights = together([model[i].weight for i in (2, 4, 6)])
     shapes = [(100 * i, 100 * i, 1, 1, outputs, 100, 1, 0) for i, outputs in enumerate((100, 100, 10))]
-    readers, sizes, utility = torch.tensor(shapes), torch.rand(300), torch.zeros(300)
+    readers, sizes, utility = np.array(shapes), torch.rand(300), torch.zeros(300)
     averages = together([torch.zeros(300), torch.zeros(300)], [sizes, utility])
 
     def extra() -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_plasticity import checks
-from lightning_plasticity.distributed import sum_over_ranks, world_size
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.engine.maturity import whole_and_rest
 from lightning_plasticity.engine.unit_callback import UnitCallback
@@ -165,18 +164,18 @@ class ActivationReset(UnitCallback):
 
     @override
     def _act(self, due: Mapping[int, tuple[int, int]]) -> None:
-        sets = self._population.sets
-        totals = sum_over_ranks([self._averages["utility"][sets[i].span] for i in due])
-        for (i, (low, high)), total in zip(due.items(), totals, strict=True):
-            unit_set, strategy = sets[i], self._strategies[i]
-            values = bias_corrected(total / world_size(), self._ages.of(i), self.decay_rate)
-            for count, sign, factor in ((low, 1, strategy.low_scale), (high, -1, strategy.high_scale)):
+        [utility] = self._means_over_ranks(due)
+        values = bias_corrected(utility, self._ages.now(), self.decay_rate)
+        for i, (low, high) in due.items():
+            unit_set, strategy = self._population.sets[i], self._strategies[i]
+            of_set = values[unit_set.span]
+            for count, ranking, factor in ((low, of_set, strategy.low_scale), (high, -of_set, strategy.high_scale)):
                 if count:
-                    units = least(sign * values, self._ages.of(i) > self.maturity_threshold, count)
+                    units = least(ranking, self._ages.of(i) > self.maturity_threshold, count)
                     for table in unit_set.added_up:
                         self.editor.scale_rows(table.module, table.of_units(units), factor)
                     self._ages.reset(i, units)
-                    self._averages["utility"][unit_set.span][units] = 0.0
+                    self._averages["utility"][unit_set.span].index_fill_(0, units, 0.0)
             self.scaled_low += low
             self.scaled_high += high
 

@@ -10,12 +10,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_plasticity import checks
-from lightning_plasticity.distributed import sum_over_ranks, world_size
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.editing.initial import Init, InitialDistribution, check_init
 from lightning_plasticity.engine.maturity import whole_and_rest
 from lightning_plasticity.engine.unit_callback import UnitCallback
-from lightning_plasticity.engine.unit_sets import Reader, UnitSet, weights_of_producers
+from lightning_plasticity.engine.unit_sets import UnitSet, weights_of_producers
 from lightning_plasticity.functional.continual_backprop import UTILITIES, Utility, bias_corrected, least, per_incoming
 from lightning_plasticity.units.find import HiddenUnits
 
@@ -161,35 +160,28 @@ class ContinualBackprop(UnitCallback):
 
     @override
     def _act(self, due: Mapping[int, int]) -> None:
-        sets = self._population.sets
-        averages = [self._averages["utility"][sets[i].span] for i in due]
-        averages += [self._by_unit(reader) for i in due for reader in sets[i].readers]
-        global_averages = [total / world_size() for total in sum_over_ranks(averages)]
-        utilities, activations = global_averages[: len(due)], iter(global_averages[len(due) :])
-        chosen, means = {}, {}
-        for (i, count), utility in zip(due.items(), utilities, strict=True):
-            age = self._ages.of(i)
-            ranking = self._draw(utility) if self.utility == "random" else bias_corrected(utility, age, self.decay_rate)
-            units = least(ranking, age > self.maturity_threshold, count)
-            of_units = [(next(activations)[units], age[units].unsqueeze(1)) for _ in sets[i].readers]
-            means[i] = [bias_corrected(mean, age, self.decay_rate).flatten() for mean, age in of_units]
-            chosen[i] = units
-        self._population.replace(chosen, self._initial, means if self.compensate_bias else {})
-        for i, units in chosen.items():
-            self._averages["utility"][sets[i].span][units] = 0.0
-            for reader in sets[i].readers:
-                self._by_unit(reader)[units] = 0.0
-            self._ages.reset(i, units)
-            self._maturity.replaced(i, len(units))
-            self.replaced += len(units)
+        population, age = self._population, self._ages.now()
+        utility, activation = self._means_over_ranks(due)
+        if self.utility != "random":
+            utility = bias_corrected(utility, age, self.decay_rate)
+        is_mature, chosen = age > self.maturity_threshold, {}
+        for i, count in due.items():
+            span = population.sets[i].span
+            ranking = self._draw(utility[span]) if self.utility == "random" else utility[span]
+            chosen[i] = least(ranking, is_mature[span], count)
+        units, columns = population.columns_of(chosen)
+        amounts = bias_corrected(activation[columns], age[units], self.decay_rate) if self.compensate_bias else None
+        population.replace(chosen, self._initial, amounts)
+        self._averages["utility"].index_fill_(0, units, 0.0)
+        self._averages["activation"].index_fill_(0, columns, 0.0)
+        for i, replaced in chosen.items():
+            self._ages.reset(i, replaced)
+            self._maturity.replaced(i, len(replaced))
+            self.replaced += len(replaced)
 
     def _draw(self, like: Tensor) -> Tensor:
         generator = self.draws.generator(like.device)
         return torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)
-
-    def _by_unit(self, reader: Reader) -> Tensor:
-        """The running averages of a reader's activations, a row for each unit."""
-        return self._averages["activation"][reader.columns].view(reader.table.entries.shape)
 
     @override
     def _state_of_set(self, index: int) -> dict[str, Any]:

@@ -175,7 +175,7 @@ class ReDo(UnitCallback):
             if count and len(dormant):
                 chosen[i] = dormant
                 self.replaced += len(dormant)
-        population.replace(chosen, self._initial, compensate={})
+        population.replace(chosen, self._initial)
         self._sizes = {}
 
     @override

@@ -211,7 +211,7 @@ class SelfNormalizedReset(UnitCallback):
                 silences[units], self._histogram[span][units] = count_silences(
                     silences[units], self._histogram[span][units], fired
                 )
-        self._population.replace(chosen, self._initial, compensate={})
+        self._population.replace(chosen, self._initial)
 
     @override
     def _state(self) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from lightning_plasticity.distributed import any_rank_has
 from lightning_plasticity.layer_views import LayerView, layers_of
 from lightning_plasticity.shards import is_flattened, is_shared_out, local
 
+_FEW = 32  # entries of which Python finds the least and the largest sooner than PyTorch
+
 
 def check_whole(model: nn.Module, needs: str) -> None:
     """Raise if parameters of a model are sharded; ``needs`` begins the error: who needs them whole."""
@@ -196,7 +198,8 @@ def check_index(index: Tensor, parameter: Tensor, size: int, name: str) -> None:
             f"but got {index.dtype} of shape {tuple(index.shape)} on {index.device}."
         )
     if index.device.type == "cpu" and len(index):  # on CUDA this would wait
-        first, last = (int(bound) for bound in torch.aminmax(index))
+        few = index.tolist() if len(index) <= _FEW else [int(bound) for bound in torch.aminmax(index)]
+        first, last = min(few), max(few)
         if first < 0 or last >= size:
             raise ValueError(f"An edit of {name!r} needs numbers from 0 to {size - 1}, but got {first} to {last}.")
 

@@ -6,7 +6,7 @@ out of range, and too few values for a mask, are seen beforehand on the CPU only
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -19,14 +19,13 @@ from lightning_plasticity.editing.editable import (
     check_layer,
     check_mask,
     check_norm,
-    check_pairs,
     own_entries,
 )
+from lightning_plasticity.editing.grad_mode import without_gradients
 from lightning_plasticity.editing.initial import copy_to_cpu, reset_on_cpu
-from lightning_plasticity.editing.optimizer_state import EntryState
 from lightning_plasticity.editing.optimizer_state import OptimizerState as OptimizerState
-from lightning_plasticity.editing.remainders import Remainders
-from lightning_plasticity.kernels import Tensors
+from lightning_plasticity.editing.optimizer_state import write_at
+from lightning_plasticity.editing.whole_tensors import WholeEditor
 from lightning_plasticity.layer_views import LayerView, layer_at, layers_of
 from lightning_plasticity.names import submodule
 from lightning_plasticity.shards import (
@@ -43,7 +42,7 @@ T = TypeVar("T")
 _Index: TypeAlias = tuple[Tensor | slice, ...]
 
 
-class Editor:
+class Editor(WholeEditor):
     """Write to a model's weights, and renew the optimizer state of exactly the entries that get new values.
 
     Where parameters are shared out among ranks (FSDP2, tensor parallelism), every rank makes the same edits, and each
@@ -91,19 +90,11 @@ class Editor:
     def __init__(
         self, model: nn.Module, optimizers: Iterable[Optimizer] = (), optimizer_state: OptimizerState = "survivors"
     ) -> None:
-        self._model = model
-        self._state = EntryState(optimizers, optimizer_state)
-        self._state.follow()
-        self.remainders = Remainders(model)
+        super().__init__(model, optimizers, optimizer_state)
         self._layers: dict[str, LayerView] = {}
-        self._groups: dict[tuple[int, ...], Tensors] = {}  # of tensors that are written together
         self._initial_norms: dict[str, dict[str, Tensor]] = {}
 
-    def close(self) -> None:
-        """Remove the hooks that look after new entries in the steps that follow an edit."""
-        self._state.close()
-
-    @torch.no_grad()
+    @without_gradients
     def redraw_rows(self, module: str, rows: Tensor, values: Tensor) -> None:
         """Set these rows (outputs) of a layer's weight to ``values`` and of its bias, if it has one, to 0."""
         layer = self._layer(module)
@@ -119,9 +110,9 @@ class Editor:
         here, given = part.find(0, rows)
         values = part.take(values[given], *range(1, len(shape)))
         self._assign(layer.weight, (here,), values, math.prod(shape), layer.by_output)
-        self.zero_bias(module, rows)
+        self._zero_bias(layer, rows)
 
-    @torch.no_grad()
+    @without_gradients
     def scale_rows(self, module: str, rows: Tensor, factor: float) -> None:
         """Multiply these rows (outputs) of a layer's weight and bias by ``factor``."""
         layer = self._layer(module)
@@ -136,35 +127,35 @@ class Editor:
             count = len(rows) * layer.gates
             self._assign(layer.bias, (here,), bias.local[here] * factor, count, layer.bias_by_output)
 
-    @torch.no_grad()
+    @without_gradients
     def zero_bias(self, module: str, rows: Tensor) -> None:
         """Set these entries of a layer's bias to 0; a layer without bias stays as it is."""
         layer = self._layer(module)
         check_index(rows, layer.weight, layer.outputs, module)
-        if layer.bias is not None:
-            bias = bias_by_output(layer, layer.bias)
-            here, _ = bias.find(0, rows)
-            zero, count = bias.local.new_zeros(()), len(rows) * layer.gates
-            self._assign(layer.bias, (here,), zero, count, layer.bias_by_output)
+        self._zero_bias(layer, rows)
 
-    @torch.no_grad()
+    def _zero_bias(self, layer: LayerView, rows: Tensor) -> None:
+        if layer.bias is not None:
+            here, _ = bias_by_output(layer, layer.bias).find(0, rows)
+            self._assign(layer.bias, (here,), 0.0, len(rows) * layer.gates, layer.bias_by_output)
+
+    @without_gradients
     def zero_columns(self, module: str, columns: Tensor) -> None:
         """Set to 0 what a layer multiplies these inputs (features, or channels of a convolution with any groups) by."""
         layer = self._layer(module)
         check_index(columns, layer.weight, layer.inputs, module)
         part = matrix(layer, layer.weight)
-        zero = part.local.new_zeros(())
         if layer.groups == 1:
             here, _ = part.find(1, columns)
             count = len(columns) * part.shape[0] * part.shape[2:].numel()
-            self._assign(layer.weight, (slice(None), here), zero, count, layer.matrix)
+            self._assign(layer.weight, (slice(None), here), 0.0, count, layer.matrix)
             return
         chosen = _reads_one_of(columns, layer)
         mask = chosen.view(*chosen.shape, *(1,) * (len(part.shape) - 2)).expand(part.local.shape)
-        torch.where(mask, zero, part.local, out=part.local)
+        torch.where(mask, part.local.new_zeros(()), part.local, out=part.local)
         self._state.renew_masked(layer.weight, mask)
 
-    @torch.no_grad()
+    @without_gradients
     def shift_bias(self, module: str, columns: Tensor, amounts: Tensor) -> None:
         """Add to a layer's bias what these inputs would add to its output if their values were ``amounts``.
 
@@ -182,26 +173,18 @@ class Editor:
             )
         if layer.bias is None:
             return
-        precise = torch.promote_types(layer.weight.dtype, torch.float32)
         part = matrix(layer, layer.weight)
-        if layer.groups == 1:  # without the masks, which take most of the time
-            here, given = part.find(1, columns)
-            used = part.local[:, here].unsqueeze(-1).flatten(2).sum(-1, dtype=precise)
-            # Not a product of matrices, which may be TF32.
-            shift = (used * amounts[given].to(precise)).sum(1) * layer.seen_of_kernel
-        else:
-            chosen = _reads_one_of(columns, layer)
-            given = amounts.new_zeros(layer.inputs, dtype=precise).index_copy(0, columns, amounts.to(precise))
-            used = part.local.unsqueeze(-1).flatten(2).sum(-1, dtype=precise)
-            shift = torch.where(chosen, used * given[inputs_read(layer)], 0.0).sum(1)
-        [shift] = sum_over_shards([part.spread(shift, 0)], [layer.weight])
+        [shift] = sum_over_shards([part.spread(_given_by(columns, amounts, layer), 0)], [layer.weight])
         bias = part_of(layer.bias)
-        shift = bias.take(torch.where(shift.isfinite(), shift, 0.0), 0)
-        shifted = bias.local.to(torch.promote_types(precise, layer.bias.dtype), copy=True)
+        shift = bias.take(shift.nan_to_num_(0.0, 0.0, 0.0), 0)
+        if bias.local.dtype == shift.dtype:
+            layer.bias_by_row(bias.local).add_(shift)
+            return
+        shifted = bias.local.to(torch.promote_types(shift.dtype, layer.bias.dtype), copy=True)
         layer.bias_by_row(shifted).add_(shift)
         self._set([layer.bias], [shifted])
 
-    @torch.no_grad()
+    @without_gradients
     def reset_norm(self, module: str, entries: Tensor | None = None) -> None:
         """Set entries of a normalisation module, or all of it, to the values that its ``reset_parameters()`` gives.
 
@@ -226,7 +209,7 @@ class Editor:
             values = part.take(initial.to(tensor.device))[tuple(index)]
             self._assign(tensor, tuple(index), values, len(entries))
 
-    @torch.no_grad()
+    @without_gradients
     def write_masked(self, parameter: Tensor, mask: Tensor, values: Tensor) -> None:
         """Set a parameter to ``values`` (of its shape, or one for all) where ``mask`` is true."""
         check_mask(parameter, mask)
@@ -240,7 +223,7 @@ class Editor:
         torch.where(mask, values.to(held.dtype), held, out=held)
         self._state.renew_masked(parameter, mask)
 
-    @torch.no_grad()
+    @without_gradients
     def write_packed(self, parameter: Tensor, mask: Tensor, values: Tensor) -> None:
         """Set the entries of a parameter where ``mask`` is true, in their order, to those of ``values``.
 
@@ -255,112 +238,6 @@ class Editor:
             raise ValueError(f"write_packed needs a value for each of {count} masked entries, but got {len(values)}.")
         local(parameter).masked_scatter_(mask, values.to(parameter.dtype))
         self._state.renew_masked(parameter, mask)
-
-    @torch.no_grad()
-    def precise(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """What whole parameters or buffers are: copies in float32, with what was kept, of those in half precision."""
-        return self.remainders.read(tensors)
-
-    @torch.no_grad()
-    def write(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Set whole parameters or buffers to ``values``. What float32 values have beyond half precision is kept."""
-        check_pairs(tensors, values, "write", "values")
-        if tensors:
-            self._set(tensors, values)
-            self._state.renew_whole(tensors)
-
-    def scale(self, tensors: Sequence[Tensor], factors: Tensor | float) -> None:
-        """Multiply whole parameters or buffers by a number, or each by its own entry of a tensor of one dimension."""
-        if isinstance(factors, Tensor) and factors.shape != (len(tensors),):
-            raise ValueError(
-                f"scale needs one number, or a tensor with an entry for each of {len(tensors)} tensors, "
-                f"but got one of shape {tuple(factors.shape)}."
-            )
-        if not tensors:
-            return
-        group = self._group(tensors)
-        kernels = group.kernels()
-        if kernels is not None and isinstance(factors, Tensor) and factors.dtype == tensors[0].dtype:
-            kernels.scale(group, factors)
-            group.written()
-            self._state.renew_whole(tensors)
-        else:
-            each = list(factors.unbind()) if isinstance(factors, Tensor) else factors
-            self._change(tensors, lambda values: torch._foreach_mul_(values, each))
-
-    def add(self, tensors: Sequence[Tensor], amounts: Sequence[Tensor], factor: float = 1.0) -> None:
-        """Add ``factor * amounts`` to whole parameters or buffers."""
-        check_pairs(tensors, amounts, "add", "amounts")
-        if tensors:
-            self._change(tensors, lambda values: torch._foreach_add_(values, list(amounts), alpha=factor))
-
-    def draw_towards(self, tensors: Sequence[Tensor], targets: Sequence[Tensor], rate: Tensor | float) -> None:
-        """Take from whole parameters or buffers the ``rate``-fold of their distance from ``targets``, which stay."""
-        check_pairs(tensors, targets, "draw_towards", "targets")
-        if not tensors:
-            return
-        group = self._group(tensors, targets)
-        kernels = group.kernels()
-        if kernels is not None and isinstance(rate, float):
-            kernels.pull(group, rate)
-            group.written()
-            self._state.renew_whole(tensors)
-            return
-
-        def draw(values: list[Tensor]) -> None:
-            amounts = torch._foreach_sub(values, [local(target) for target in targets])
-            torch._foreach_mul_(amounts, -rate)
-            torch._foreach_add_(values, amounts)
-
-        self._change(tensors, draw)
-
-    def clamp(self, tensors: Sequence[Tensor], limits: Sequence[float] | float) -> None:
-        """Bring every entry into ``[-limit, limit]``, one limit for all or one for each tensor, which may be a view.
-
-        Optimizer state stays: a bound renews nothing.
-        """
-        if not tensors:
-            return
-        each = [limits] * len(tensors) if isinstance(limits, float | int) else list(limits)
-        group = self._group(tensors)
-        kernels = None if self._state.has_lbfgs else group.kernels()
-        if kernels is not None:
-            kernels.clamp(group, each)
-            group.written()
-        else:
-            self._clamp(tensors, [local(tensor) for tensor in tensors], each)
-
-    @torch.no_grad()
-    def _clamp(self, tensors: Sequence[Tensor], held: Sequence[Tensor], limits: Sequence[float]) -> None:
-        if self._state.has_lbfgs:  # which has to know of it, where anything is beyond the limit
-            pairs = zip(tensors, held, limits, strict=True)
-            changed = [t for t, own, limit in pairs if own.numel() and own.abs().amax() > limit]
-            self._state.restart_lbfgs([t if t._base is None else t._base for t in changed])
-        if held[0].is_cpu:  # one pass over each instead of two
-            for values, limit in zip(held, limits, strict=True):
-                values.clamp_(-limit, limit)
-        else:
-            torch._foreach_clamp_min_(list(held), [-limit for limit in limits])
-            torch._foreach_clamp_max_(list(held), list(limits))
-
-    @torch.no_grad()
-    def _change(self, tensors: Sequence[Tensor], change: Callable[[list[Tensor]], None]) -> None:
-        """Changes whole tensors in place, by their values in float32 where they are in half precision."""
-        values = self.remainders.open(tensors)
-        change(values)
-        self.remainders.close(tensors, values)
-        self._state.renew_whole(tensors)
-
-    def _group(self, tensors: Sequence[Tensor], beside: Sequence[Tensor] = ()) -> Tensors:
-        key = (id(tensors[0]), len(tensors))
-        group = self._groups.get(key)
-        if group is None or not group.are(tensors, beside):
-            group = self._groups[key] = Tensors(tensors, beside)
-        return group
-
-    def _set(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        torch._foreach_copy_([local(tensor) for tensor in tensors], list(values))
-        self.remainders.close(tensors, values)
 
     def _find(self, name: str) -> nn.Module:
         return self._look_up(name, submodule)
@@ -387,10 +264,15 @@ class Editor:
         return self._layers[name]
 
     def _assign(
-        self, tensor: Tensor, index: _Index, values: Tensor, count: int, view: Callable[[Tensor], Tensor] = lambda x: x
+        self,
+        tensor: Tensor,
+        index: _Index,
+        values: Tensor | float,
+        count: int,
+        view: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> None:
         """Writes to entries of the part of a tensor that is here; ``count`` are written on all ranks together."""
-        view(local(tensor))[index] = values.to(tensor.dtype)
+        write_at(view(local(tensor)), index, values)
         self._state.renew(tensor, index, count, view)
 
 
@@ -406,6 +288,26 @@ def _initial_norm(norm: nn.Module, name: str) -> dict[str, Tensor]:
     twin = copy_to_cpu(norm)
     reset_on_cpu(twin, seed=0)
     return {name: getattr(twin, name).detach().to(t.device, t.dtype) for name, t in tensors.items()}
+
+
+def _given_by(columns: Tensor, amounts: Tensor, layer: LayerView) -> Tensor:
+    """What inputs of these amounts add to each row of a layer, before it is added up over shards."""
+    part, precise = matrix(layer, layer.weight), torch.promote_types(layer.weight.dtype, torch.float32)
+    amounts = amounts.to(precise)
+    if layer.groups == 1:  # without the masks, which take most of the time
+        here, given = part.find(1, columns)
+        used = _sum_of_kernel(part.local.index_select(1, here), precise)
+        # Not a product of matrices, which may be TF32.
+        shift = (used * (amounts if isinstance(given, slice) else amounts[given])).sum(1)
+        return shift if layer.seen_of_kernel == 1.0 else shift * layer.seen_of_kernel
+    of_inputs = amounts.new_zeros(layer.inputs).index_copy(0, columns, amounts)
+    used = _sum_of_kernel(part.local, precise)
+    return torch.where(_reads_one_of(columns, layer), used * of_inputs[inputs_read(layer)], 0.0).sum(1)
+
+
+def _sum_of_kernel(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """By row and input."""
+    return weights.to(dtype) if weights.ndim == 2 else weights.flatten(2).sum(-1, dtype=dtype)
 
 
 def _reads_one_of(columns: Tensor, layer: LayerView) -> Tensor:

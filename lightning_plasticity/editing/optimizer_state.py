@@ -100,13 +100,13 @@ class EntryState:
         for key, state, initial in self.of(parameter):
             entries = view(state)
             if not self._follows_survivors(key):
-                entries[index] = view(initial)[index]
+                write_at(entries, index, initial if initial.ndim == 0 else view(initial)[index])
                 continue
             survivors = parameter.numel() - count
-            old = entries[index]
-            entries[index] = 0.0
-            [total] = sum_over_shards([_sum(state) if survivors else _sum(old)], [parameter])
-            entries[index] = _finite(total / (survivors or max(count, 1))).to(state.dtype)
+            of_all = None if survivors else _sum(entries[index])  # there is nobody else
+            write_at(entries, index, 0.0)
+            [total] = sum_over_shards([_sum(state) if of_all is None else of_all], [parameter])
+            write_at(entries, index, _finite(total / (survivors or max(count, 1))))
 
     def renew_masked(self, parameter: Tensor, mask: Tensor) -> None:
         """Renew the entries where a mask of the shape of the part that this rank holds is true."""
@@ -161,7 +161,7 @@ class EntryState:
     def of(self, parameter: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Each such state, the part on this rank, with its name and initial value.
 
-        The initial value may be a view of the parameter: use it at once.
+        The initial value is one for all entries, or may be a view of the parameter: use it at once.
         State that has no value for each entry is left out, and a warning says so the first time.
         """
         for optimizer in self._optimizers:
@@ -171,7 +171,7 @@ class EntryState:
                 if key in _COUNTERS:
                     continue
                 if key == AGE and self._mode == "survivors":  # their second moment needs no making up for
-                    yield key, local(state), torch.full_like(local(state), torch.inf)
+                    yield key, local(state), local(state).new_full((), torch.inf)
                 elif has_the_entries_of(parameter, state):
                     yield key, local(state), _initial(optimizer, key, local(parameter), parameter, local(state))
                 elif holds_many_values(state):
@@ -230,8 +230,7 @@ def _initial(optimizer: Optimizer, key: str, held: Tensor, parameter: Tensor, st
         start = optimizer.defaults["initial_accumulator_value"]
     elif isinstance(optimizer, Rprop) and key == "step_size":
         start = _lr(optimizer, parameter)
-    value = start.detach().to(state).reshape(()) if isinstance(start, Tensor) else state.new_full((), start)
-    return value.expand(held.shape)
+    return start.detach().to(state).reshape(()) if isinstance(start, Tensor) else state.new_full((), start)
 
 
 def restart_counts(optimizer: Optimizer, parameter: Tensor) -> int:
@@ -247,6 +246,24 @@ def restart_counts(optimizer: Optimizer, parameter: Tensor) -> int:
         else:
             known[key] = type(known[key])(start)
     return len(counts)
+
+
+def write_at(tensor: Tensor, index: tuple[Tensor | slice, ...], values: Tensor | float) -> None:
+    """Writes values, or one for all, to the places of an index, without waiting for the device.
+
+    Example:
+        >>> rows = torch.zeros(2, 3)
+        >>> write_at(rows, (slice(None), torch.tensor([1])), 1.0)
+        >>> rows.tolist()
+        [[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]]
+    """
+    *before, last = index
+    if isinstance(values, Tensor):
+        tensor[index] = values.to(tensor.dtype)
+    elif isinstance(last, Tensor) and all(isinstance(part, slice) for part in before):
+        tensor.index_fill_(len(before), last, values)  # of whole slices
+    else:
+        tensor[index] = tensor.new_full((), values)
 
 
 def _sum(values: Tensor) -> Tensor:

@@ -68,7 +68,8 @@ class Activations:
         self.listening = True
         self._with_sizes, self._with_inputs = with_sizes, with_inputs
         self._readers: list[Reader] = []
-        self._rows: list[int] = []  # how many each reader has been given; of one row the size follows from the total
+        self._rows: list[int] = []  # how many each reader has been given
+        self._lacks_sizes = False  # whether there are sums of one row, whose sizes are still to be made from the totals
         self._sums = torch.zeros(2, 0)  # totals and sizes, whose own names are
         self._totals, self._sizes = self._sums
         self._parts: list[tuple[Tensor, Tensor]] = []  # of totals and sizes, for each reader
@@ -164,6 +165,7 @@ class Activations:
             total_so_far.copy_(total)
             if size is not None:
                 size_so_far.copy_(size)
+            self._lacks_sizes |= size is None
             return
         if self._with_sizes:
             if before == 1:
@@ -210,8 +212,9 @@ class Activations:
             self._rows = [0] * len(rows)
             if rows[0] > 1:
                 self._sums /= rows[0]
-            elif self._with_sizes:
+            elif self._with_sizes and self._lacks_sizes:
                 torch.abs(totals, out=sizes)
+            self._lacks_sizes = False
             return totals, sizes
         rows = [0] * len(rows)
         for reader in readers:

@@ -140,8 +140,12 @@ class LoopMethod(ShowsSettings, Method, ABC):
             if not self._ready:
                 raise self._nothing_seen()
             self.optimizer_steps += 1
-            with torch.no_grad():
+            records_gradients = torch.is_grad_enabled()
+            torch._C._set_grad_enabled(False)  # as torch.no_grad(), which takes ten times as long
+            try:
                 self._after_step(optimizer)
+            finally:
+                torch._C._set_grad_enabled(records_gradients)
 
     def _check_steps(self, has_stepped: bool) -> None:
         """In a plain loop: whether the optimizers and parameters that were attached are still those that train."""
@@ -150,7 +154,7 @@ class LoopMethod(ShowsSettings, Method, ABC):
                 f"{type(self).__name__} needs the parameters that it was attached to, but the optimizer trains others, "
                 "which the model has got since. Call detach() and attach(model, optimizer) again."
             )
-        if any(is_joining(one) for one in (self._wrapper, *self.optimizers)):
+        if any(map(is_joining, (self._wrapper, *self.optimizers))):
             raise RuntimeError(
                 f"{type(self).__name__} needs all ranks to make the same steps, but `Join` lets some end before "
                 "others. Give all ranks as many batches, as DistributedSampler does, and train without Join."

@@ -172,7 +172,7 @@ class Population:
         are_whole = all(reader.in_order and not reader.view.part for reader in self._by_number)
         if are_whole and all(reader.weight.is_cpu for reader in self._by_number):
             self._read_weights = Tensors([reader.weight for reader in self._by_number])
-            self._shapes = reader_shapes(self.sets, self.device)
+            self._shapes = reader_shapes(self.sets)
 
     def _share_of(self, tensor: Tensor) -> float:
         """By what a sum over the part of a tensor is multiplied before :meth:`_over_ranks`."""
@@ -361,10 +361,29 @@ class Population:
                 sizes[i] = self._size_by_row(main.layer, found)[main.entries].mean(1)
         return dict(zip(sizes, self._over_ranks(list(sizes.values())), strict=True))
 
+    def columns_of(self, chosen: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """The columns that read some units, given by set: of each the unit and its own place, in the flat arrays.
+
+        Reader by reader, and unit by unit.
+        """
+        units, columns = [], []
+        for i, of_set in chosen.items():
+            numbers = of_set + self.sets[i].span.start
+            for reader in self.sets[i].readers:
+                of_each = reader.table.entries.shape[1]
+                first = of_set * of_each + reader.columns.start
+                if of_each == 1:
+                    units.append(numbers)
+                    columns.append(first)
+                else:
+                    units.append(numbers.repeat_interleave(of_each))
+                    columns.append((first.unsqueeze(1) + torch.arange(of_each, device=self.device)).flatten())
+        return torch.cat(units), torch.cat(columns)
+
     def replace(
-        self, chosen: Mapping[int, Tensor], initial: InitialDistribution, compensate: Mapping[int, Sequence[Tensor]]
+        self, chosen: Mapping[int, Tensor], initial: InitialDistribution, amounts: Tensor | None = None
     ) -> None:
-        """Replaces units: ``chosen`` are units by set, ``compensate`` what each of the set's readers got from them.
+        """Replaces units: ``chosen`` are units by set, ``amounts`` what is to be made up for of each of their columns.
 
         All biases are shifted by the old weights first, and all rows drawn before any column becomes zero: where two
         layers meet in one weight, the zero stays, and a replaced unit's bias is 0.
@@ -372,18 +391,19 @@ class Population:
         editor = self._callback.editor
         generator = self._callback.draws.generator(self.device)
         parts = [(self.sets[i], units) for i, units in chosen.items()]
-        for i, amounts in compensate.items():
-            for reader, amount in zip(self.sets[i].readers, amounts, strict=True):
-                editor.shift_bias(reader.table.module, reader.table.of_units(chosen[i]), amount)
+        read = [(r.table.module, r.table.of_units(units)) for unit_set, units in parts for r in unit_set.readers]
+        if amounts is not None:
+            each = torch.split(amounts, [len(columns) for _, columns in read])
+            for (module, columns), of_columns in zip(read, each, strict=True):
+                editor.shift_bias(module, columns, of_columns)
         for unit_set, units in parts:
             for table in unit_set.producers:
                 rows = table.of_units(units)
                 editor.redraw_rows(table.module, rows, initial.draw(table.weight, generator, rows, table.layer))
             for table in unit_set.norms:
                 editor.reset_norm(table.module, table.of_units(units))
-        for unit_set, units in parts:
-            for reader in unit_set.readers:
-                editor.zero_columns(reader.table.module, reader.table.of_units(units))
+        for module, columns in read:
+            editor.zero_columns(module, columns)
 
 
 def units_in(call: ForwardCall) -> Findings:

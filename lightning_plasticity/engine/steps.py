@@ -103,4 +103,5 @@ def unwrapped(optimizer: Any) -> Optimizer:
 
 def is_joining(joinable: object) -> bool:
     """Whether training goes on inside ``torch.distributed.algorithms.Join``, of a wrapped model or an optimizer."""
-    return bool(getattr(getattr(joinable, "_join_config", None), "enable", False))
+    # Not asked of the object itself: of what it does not have, a module makes an error with a message first.
+    return bool(getattr(getattr(joinable, "__dict__", {}).get("_join_config"), "enable", False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -145,6 +145,22 @@ class UnitCallback(PlasticityCallback):
         units, columns = self._population.places(sets)
         for name, value in values.items():
             average_in(self._averages[name], units if name in self.per_unit else columns, value, weight)
+
+    def _means_over_ranks(self, sets: Iterable[int]) -> list[Tensor]:
+        """The running averages, each over all ranks for these sets and this rank's own for others. Not to be written.
+
+        First those of units, then those of columns.
+        """
+        averages = [self._averages[name] for name in (*self.per_unit, *self.per_column)]
+        if world_size() == 1:
+            return averages
+        found = [self._population.sets[i] for i in sets]
+        spans = [[s.span for s in found] for _ in self.per_unit] + [[s.columns for s in found] for _ in self.per_column]
+        means = [average.clone() for average in averages]
+        parts = [mean[span] for mean, of_sets in zip(means, spans, strict=True) for span in of_sets]
+        for part, total in zip(parts, sum_over_ranks(parts), strict=True):
+            torch.div(total, world_size(), out=part)
+        return means
 
     @override
     def _skipped(self) -> None:

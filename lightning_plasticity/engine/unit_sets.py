@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -114,7 +115,7 @@ class UnitSet:
         return self.units.name
 
 
-def reader_shapes(sets: Sequence[UnitSet], device: torch.device) -> Tensor:
+def reader_shapes(sets: Sequence[UnitSet]) -> np.ndarray[Any, Any]:
     """For kernels, a row for each reader, which has its entries in order.
 
     The first unit, the first column, columns for each unit, and the weight's groups, outputs and inputs of a group,
@@ -134,7 +135,7 @@ def reader_shapes(sets: Sequence[UnitSet], device: torch.device) -> Tensor:
         for unit_set in sets
         for reader in unit_set.readers
     ]
-    return torch.tensor(rows, dtype=torch.int64, device=device)
+    return np.array(rows, dtype=np.int64)
 
 
 def weights_of_producers(sets: Iterable[UnitSet]) -> list[str]:

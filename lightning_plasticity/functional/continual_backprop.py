@@ -23,7 +23,7 @@ def bias_corrected(average: Tensor, age: Tensor, decay_rate: float) -> Tensor:
         tensor([1.0000, 0.0000])
     """
     weight = 1 - torch.pow(decay_rate, age.to(torch.float64)).to(average.dtype)
-    return torch.where(age > 0, average / weight, torch.zeros((), dtype=average.dtype, device=average.device))
+    return (average / weight).masked_fill_(age <= 0, 0.0)
 
 
 def per_incoming(values: Tensor, incoming: Tensor) -> Tensor:
@@ -45,7 +45,6 @@ def least(values: Tensor, eligible: Tensor, count: int) -> Tensor:
         >>> least(torch.tensor([0.1, 0.3, 0.2, 0.2]), torch.tensor([False, True, True, True]), 2)
         tensor([2, 3])
     """
-    infinite = torch.full((), torch.inf, dtype=values.dtype, device=values.device)
     # NaN sorts after infinity: a diverged unit is not to be taken before an eligible one, nor after an ineligible one
-    ranked = torch.where(eligible, values.nan_to_num(nan=torch.finfo(values.dtype).max), infinite)
+    ranked = values.nan_to_num(nan=torch.finfo(values.dtype).max).masked_fill_(~eligible, torch.inf)
     return ranked.argsort(stable=True)[:count]

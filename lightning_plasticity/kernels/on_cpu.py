@@ -28,6 +28,7 @@ _LIKE: dict[torch.dtype, np.ndarray[Any, Any]] = {
     torch.float32: np.empty(0, np.float32),
     torch.float64: np.empty(0, np.float64),
 }  # tell Numba the type
+_BITS = {4: np.empty(0, np.int32), 8: np.empty(0, np.int64)}  # by bytes
 
 
 def suit(dtype: torch.dtype, size: int) -> bool:
@@ -78,22 +79,20 @@ def sum_columns(x: Tensor, dim: int, total: Tensor, size: Tensor | None, rows_be
         dim: where its channels are, counted from the end; its other dimensions are rows.
         total: the sums.
         size: the sums of sizes; None where these are not wanted.
-        rows_before: how many rows are in them; without any they are set. Of one the size follows from the total, and
-            is not written.
+        rows_before: how many rows are in them; without any they are set. Of one the size is told from the total.
 
     Returns:
         How many rows were added: 0 if it does not take it.
     """
-    if x.dtype is not total.dtype or not x.is_cpu or type(x) not in PLAIN or not x.is_contiguous():
+    dtype = x.dtype
+    if dtype is not total.dtype or not x.is_cpu or type(x) not in PLAIN or not x.is_contiguous():
         return 0
     entries, channels = x.numel(), total.numel()
-    if not suit(x.dtype, entries):
+    if not suit(dtype, entries):
         return 0
     inner, rows = 1 if dim == -1 else math.prod(x.shape[dim + 1 :]), entries // channels
-    size_at = 0 if size is None or rows_before + rows == 1 else size.data_ptr()
-    _sum_columns(
-        _LIKE[x.dtype], x.data_ptr(), rows // inner, channels, inner, total.data_ptr(), size_at, rows_before
-    )  # fmt: skip
+    size_at = 0 if size is None else size.data_ptr()
+    _sum_columns(_LIKE[dtype], x.data_ptr(), rows // inner, channels, inner, total.data_ptr(), size_at, rows_before)
     return rows
 
 
@@ -103,6 +102,14 @@ def _sum_columns(
 ) -> None:
     entries = numba.carray(_at(x_at), (outer, channels, inner), like.dtype)
     totals = numba.carray(_at(total_at), channels, like.dtype)
+    if outer * inner == 1 and rows_before == 0:  # of one example: nothing to add
+        for c in range(channels):
+            totals[c] = entries[0, c, 0]
+        if size_at:
+            first_sizes = numba.carray(_at(size_at), channels, like.dtype)
+            for c in range(channels):
+                first_sizes[c] = abs(entries[0, c, 0])
+        return
     sums, sums_of_sizes = np.zeros(channels), np.zeros(channels)
     for o in range(outer):
         if inner == 1:
@@ -150,7 +157,7 @@ def _average_in(like: Any, places: Any, weight: float) -> None:
 # ---- weights
 
 
-def contributions(weights: Tensors, readers: Tensor, sizes: Tensor | None, out: Tensor) -> None:
+def contributions(weights: Tensors, readers: np.ndarray[Any, Any], sizes: Tensor | None, out: Tensor) -> None:
     """For each unit: the size of its activation times the mean size of the weights that use it, over all readers.
 
     Args:
@@ -160,7 +167,7 @@ def contributions(weights: Tensors, readers: Tensor, sizes: Tensor | None, out: 
         out: where to write, for all units. A unit's columns in one reader give their mean, and readers add up.
     """
     address = 0 if sizes is None else sizes.data_ptr()
-    _contributions(_LIKE[out.dtype], weights.places, readers.numpy(), address, out.data_ptr(), out.numel())
+    _contributions(_LIKE[out.dtype], weights.places, readers, address, out.data_ptr(), out.numel())
 
 
 @summing
@@ -180,10 +187,7 @@ def _contributions(like: Any, places: Any, readers: Any, sizes_at: int, out_at: 
         elif kernel == 1:
             by_output = numba.carray(_at(places[r, 0]), (groups, outputs, inputs), like.dtype)
             for g in range(groups):
-                of_group = sums[g * inputs : (g + 1) * inputs]
-                for o in range(outputs):
-                    for i in range(inputs):
-                        of_group[i] += abs(by_output[g, o, i])
+                _add_sizes_of_rows(by_output[g], sums[g * inputs : (g + 1) * inputs])
         else:
             by_place = numba.carray(_at(places[r, 0]), (groups, outputs, inputs, kernel), like.dtype)
             for g in range(groups):
@@ -200,22 +204,42 @@ def _contributions(like: Any, places: Any, readers: Any, sizes_at: int, out_at: 
             out[first_unit + c // per_unit] += sums[c] * share
 
 
+@compiled
+def _add_sizes_of_rows(rows: Any, sums: Any) -> None:
+    by_fours = len(rows) - len(rows) % 4  # sums are read and written once for four rows, in the order of rows
+    for r in range(0, by_fours, 4):
+        first, second, third, fourth = rows[r], rows[r + 1], rows[r + 2], rows[r + 3]
+        for i in range(len(sums)):
+            total = sums[i] + abs(first[i])
+            total += abs(second[i])
+            total += abs(third[i])
+            sums[i] = total + abs(fourth[i])
+    for r in range(by_fours, len(rows)):
+        for i in range(len(sums)):
+            sums[i] += abs(rows[r, i])
+
+
 def clamp(tensors: Tensors, limits: Sequence[float]) -> None:
     """Brings all entries of each tensor into its limits."""
     like = _LIKE[tensors.tensors[0].dtype]
-    _clamp(like, tensors.places, np.array(limits, like.dtype))
+    limits_of_each = np.array(limits, like.dtype)
+    _clamp(like, _BITS[like.dtype.itemsize], tensors.places, limits_of_each)
 
 
 @compiled
-def _clamp(like: Any, places: Any, limits: Any) -> None:
+def _clamp(like: Any, bits: Any, places: Any, limits: Any) -> None:
+    without_sign = np.iinfo(bits.dtype).max
+    bits_of_limits = numba.carray(_at(limits.ctypes.data), len(limits), bits.dtype)
     for t in range(len(places)):
         entries, limit = numba.carray(_at(places[t, 0]), places[t, 1], like.dtype), limits[t]
+        # Numbers without their signs are ordered as their bits are, as integers, of which many are compared at once.
+        sizes, bits_of_limit = numba.carray(_at(places[t, 0]), places[t, 1], bits.dtype), bits_of_limits[t]
         for start in range(0, len(entries), 1024):
-            piece = entries[start : start + 1024]
-            beyond = 0
-            for i in range(len(piece)):
-                beyond |= abs(piece[i]) > limit
-            if beyond:  # seldom: most pieces are only read
+            largest = bits.dtype.type(0)
+            for size in sizes[start : start + 1024]:
+                largest = max(largest, size & without_sign)
+            if largest > bits_of_limit:  # seldom: most pieces are only read
+                piece = entries[start : start + 1024]
                 for i in range(len(piece)):
                     if piece[i] > limit:
                         piece[i] = limit

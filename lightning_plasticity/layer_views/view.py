@@ -16,6 +16,7 @@ from lightning_plasticity.layer_views.home_made import home_made
 Given: TypeAlias = Callable[[Sequence[Any], Mapping[str, Any], Any], Tensor]
 
 TORCH_LAYERS = (nn.Linear, _ConvNd)
+_ALL = slice(None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +82,7 @@ class LayerView:
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """A tensor of the weight's shape with the rows first, then the inputs (of a group): a view of it."""
-        own = tensor[self.rows]
+        own = tensor if self.rows == _ALL else tensor[self.rows]
         return own.transpose(0, 1) if self.transposed else own
 
     def by_output(self, tensor: Tensor) -> Tensor:
@@ -91,11 +92,11 @@ class LayerView:
 
     def bias_by_row(self, tensor: Tensor) -> Tensor:
         """The part of a tensor of the bias's shape that belongs to the rows: a view of it."""
-        return tensor[self.bias_rows]
+        return tensor if self.bias_rows == _ALL else tensor[self.bias_rows]
 
     def bias_by_output(self, tensor: Tensor) -> Tensor:
         """A tensor of the bias's shape with the outputs first: a view of it."""
-        own = tensor[self.bias_rows]
+        own = self.bias_by_row(tensor)
         return own if self.gates == 1 else own.view(self.gates, -1).movedim(0, -1)
 
     def hear(
@@ -120,10 +121,8 @@ class LayerView:
 
     def own(self) -> list[Tensor]:
         """Its weight, and its bias if it has one: what of the parameters is this layer's."""
-        weight = self.weight[self.rows] if self.rows != slice(None) else self.weight
-        if self.bias is None:
-            return [weight]
-        return [weight, self.bias if self.bias_rows == slice(None) else self.bias[self.bias_rows]]
+        weight = self.weight if self.rows == _ALL else self.weight[self.rows]
+        return [weight] if self.bias is None else [weight, self.bias_by_row(self.bias)]
 
     @property
     def outputs(self) -> int:

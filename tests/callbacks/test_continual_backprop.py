@@ -142,7 +142,7 @@ def test_replacing_dead_units_changes_no_output_and_their_outgoing_weights_stay_
     optimizer.step()
     method.step()
     chosen = {0: torch.tensor([3]), 1: torch.tensor([4])}
-    replace(chosen, method._initial, {i: [torch.zeros(1, dtype=torch.float64)] for i in chosen})
+    replace(chosen, method._initial, torch.zeros(2, dtype=torch.float64))
     assert torch.equal(model(x), before)
     assert (model[2].weight[:, 3] == 0).all()
     assert (model[4].weight[:, 4] == 0).all()

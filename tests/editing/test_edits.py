@@ -266,11 +266,12 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
 @given(
     kind=st.sampled_from(sorted(NORMS)),
     name=st.sampled_from(sorted(OPTIMIZERS)),
+    mode=st.sampled_from(MODES),
     layout=st.sampled_from(LAYOUTS),
     dtype=st.sampled_from(DTYPES),
     data=st.data(),
 )
-def test_reset_norm(kind: str, name: str, layout: str, dtype: torch.dtype, data: st.DataObject) -> None:
+def test_reset_norm(kind: str, name: str, mode: Any, layout: str, dtype: torch.dtype, data: st.DataObject) -> None:
     norm = NORMS[kind]().to(dtype)
     model = nn.ModuleDict({"norm": norm, "other": nn.Linear(2, 2)})
     for parameter in norm.parameters():
@@ -278,11 +279,12 @@ def test_reset_norm(kind: str, name: str, layout: str, dtype: torch.dtype, data:
     optimizer = train(model, OPTIMIZERS[name])
     for buffer in norm.buffers():
         buffer.copy_(torch.full(buffer.shape, 5.0))
-    reference = Reference(model, optimizer)
+    reference = Reference(model, optimizer, mode)
     size = max((t.numel() for t in [*norm.parameters(), *norm.buffers()]), default=1)
     chosen = some_of(data, size)
-    editor = Editor(model, [optimizer], "reset")
-    editor.reset_norm("norm", chosen[:1])
+    editor = Editor(model, [optimizer], mode)
+    if mode != "survivors":  # where all are chosen, the mean of all would be another after this
+        editor.reset_norm("norm", chosen[:1])
     editor.reset_norm("norm", chosen)
 
     weight_starts_at = 0.0 if kind == "another" else 1.0
