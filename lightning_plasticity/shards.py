@@ -164,7 +164,7 @@ class Part:
         """
         for dim in dims or range(len(self.shape)):
             places = self.places(dim)
-            values = values if places is None else values.index_select(dim, places)
+            values = values if places is None else values.index_select(dim, places.to(values.device))
         return values
 
     def spread(self, values: Tensor, dim: int) -> Tensor:
@@ -312,25 +312,33 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_shared_out(tensor) else tensor
 
 
-def put_together(held: Tensor, tensor: Tensor) -> Tensor:
-    """What ranks hold of something that is shared out as a tensor is, whole: in main memory, for a checkpoint.
+def shared_out_as(tensor: Tensor, held: Tensor) -> Tensor:
+    """A tensor of which this rank holds ``held``, and which is shared out as another; ``held`` where that is whole.
 
-    All ranks must call this, and all get it. ``part_of(tensor).take`` cuts it again. What is not shared out is copied,
-    where it is.
+    No rank talks.
 
     Example:
-        >>> put_together(torch.ones(2), torch.zeros(2))
+        >>> shared_out_as(torch.zeros(2), torch.ones(2))
         tensor([1., 1.])
     """
     if not is_shared_out(tensor):
-        return held.clone()
-    return (
-        DTensor.from_local(
-            held, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-        )
-        .full_tensor()
-        .cpu()
-    )
+        return held
+    where = tensor.device_mesh, tensor.placements
+    return DTensor.from_local(held, *where, run_check=False, shape=tensor.shape, stride=tensor.stride())
+
+
+def held_of(values: Tensor, tensor: Tensor) -> Tensor:
+    """Of values for all entries of a tensor, those that belong to the part that this rank holds.
+
+    Args:
+        values: whole, as in a checkpoint, or shared out as the tensor.
+        tensor: which may be shared out.
+
+    Example:
+        >>> held_of(torch.ones(2), torch.zeros(2))
+        tensor([1., 1.])
+    """
+    return local(values) if is_shared_out(values) else part_of(tensor).take(values)
 
 
 def sum_over_shards(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
-from lightning_plasticity.shards import gradient, local, part_of, put_together, sum_over_shards, whole
+from lightning_plasticity.shards import gradient, held_of, local, part_of, shared_out_as, sum_over_shards, whole
 
 RANKS = 4
 
@@ -64,7 +64,8 @@ def looked_at(parameter: Tensor) -> dict[str, Any]:
         "whole": everything,
         "local": part.local.detach().clone(),
         "taken": part.take(everything),
-        "together": put_together(part.local.detach() * 2, parameter),
+        "together": whole(shared_out_as(parameter, part.local.detach() * 2)),
+        "held": [held_of(values, parameter).clone() for values in (everything, parameter.detach())],
         "numbers": part.take(numbers),
         "counts": part.take(torch.ones_like(numbers)).sum() * part.shards / RANKS,
         "spread": [part.spread(torch.ones(size), dim) for dim, size in enumerate(part.local.shape)],
@@ -133,6 +134,7 @@ def test_parts_are_what_the_ranks_hold(ranks: list[dict[str, Any]]) -> None:
                     assert torch.equal(part["whole"], expected[name]), (way, name)
                 assert torch.equal(part["local"], part["taken"]), (way, name)
                 assert torch.equal(part["together"], part["whole"] * 2), (way, name)
+                assert all(torch.equal(part["local"], held) for held in part["held"]), (way, name)
                 torch.testing.assert_close(part["sum"], part["whole"].double().sum(), rtol=1e-12, atol=1e-12)
                 for dim, (places, indices) in enumerate(part["found"]):
                     spread = part["spread"][dim]
@@ -172,9 +174,8 @@ def test_a_whole_tensor_is_the_part_that_is_all_of_it() -> None:
     assert local(weight) is weight
     assert whole(weight) is weight
     assert part.take(weight) is weight
-    together = put_together(weight, weight)
-    assert torch.equal(together, weight)
-    assert together.data_ptr() != weight.data_ptr()
+    assert shared_out_as(weight, part.local) is weight
+    assert held_of(weight, weight) is weight
     assert part.find(0, torch.tensor([2, 0]))[0].tolist() == [2, 0]
     assert part.shards == 1
     assert torch.equal(part.spread(weight[:, 0], 0), weight[:, 0])

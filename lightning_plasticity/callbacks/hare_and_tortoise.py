@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -17,9 +18,11 @@ from lightning_plasticity.distributed import gather_over_ranks
 from lightning_plasticity.editing.editable import check_editable, check_finite
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.engine.schedule import Schedule, ScheduledCallback
+from lightning_plasticity.engine.state import for_checkpoint
 from lightning_plasticity.functional.hare_and_tortoise import follow
-from lightning_plasticity.functional.weights import joint_norm, norm
+from lightning_plasticity.functional.weights import norm
 from lightning_plasticity.kernels import Tensors
+from lightning_plasticity.shards import held_of, is_shared_out, local, shard_again, sum_over_shards
 
 Weights: TypeAlias = Literal["slow", "fast"]
 
@@ -67,6 +70,8 @@ class HareAndTortoise(ScheduledCallback):
         Lee et al., "Slow and steady wins the race: maintaining plasticity with Hare and Tortoise networks", ICML 2024;
         arXiv 2406.02596.
     """
+
+    works_on_parts = True
 
     def __init__(
         self,
@@ -119,7 +124,7 @@ class HareAndTortoise(ScheduledCallback):
     def _after_step(self, optimizer: Optimizer | None) -> None:
         own = None if len(self.optimizers) < 2 else self._not_of_others(optimizer)
         names = [name for name, tensor in self._fast.items() if own is None or tensor in own]
-        slow, fast = [self._slow[name] for name in names], [self._fast[name] for name in names]
+        slow, fast = ([local(of_all[name]) for name in names] for of_all in (self._slow, self._fast))
         if self._together is None or not self._together.are(slow, fast):
             self._together = Tensors(slow, fast)
         kernels = self._together.kernels()
@@ -140,7 +145,7 @@ class HareAndTortoise(ScheduledCallback):
         trained = self._due()  # a target network is left to who moves it
         names = [n for n, t in self._fast.items() if t in own and (n in self._buffers or id(t) in trained)]
         self.editor.write(
-            [self._fast[name] for name in names], [self._slow[name].to(self._fast[name].dtype) for name in names]
+            [self._fast[name] for name in names], [local(self._slow[name]).to(self._fast[name].dtype) for name in names]
         )
 
     # ---- the slow weights
@@ -148,7 +153,8 @@ class HareAndTortoise(ScheduledCallback):
     def slow_state(self) -> dict[str, Tensor]:
         """The slow parameters and buffers by their names in the model, for ``load_state_dict(..., strict=False)``.
 
-        Copies, in float32 at least; also once the method is detached.
+        Copies, in float32 at least; also once the method is detached. Where parameters are shared out among ranks they
+        are as well, as in the model's ``state_dict()``.
         """
         saved: dict[str, Tensor] = {} if self._saved is None else self._saved["method"]["slow"]
         return {name: tensor.clone() for name, tensor in (self._slow or saved).items()}
@@ -167,15 +173,18 @@ class HareAndTortoise(ScheduledCallback):
         if not self._slow:
             raise RuntimeError("HareAndTortoise has no slow weights before it is attached. Call attach(model) first.")
         self._aside = {name: tensor.detach().clone() for name, tensor in self._fast.items()}
-        # Not through the editor: nothing is renewed, and training is not to notice.
-        for name, tensor in self._fast.items():
-            tensor.copy_(self._slow[name])
+        self._put(self._slow)
+
+    def _put_fast(self) -> None:
+        self._put(self._aside)
+        self._aside = {}
 
     @torch.no_grad()
-    def _put_fast(self) -> None:
-        for name, tensor in self._aside.items():
-            self._fast[name].copy_(tensor)
-        self._aside = {}
+    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Not through the editor: nothing is renewed, and training is not to notice."""
+        shard_again(self._sharded)
+        for name, tensor in tensors.items():
+            local(self._fast[name]).copy_(local(tensor))
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -194,19 +203,26 @@ class HareAndTortoise(ScheduledCallback):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # A checkpoint that is saved in the middle of validation: what training goes on with is the fast weights.
-        fast = {self._fast[name].data_ptr(): tensor for name, tensor in self._aside.items()}
+        if not self._aside:
+            return
+        shard_again(self._sharded)
         weights = checkpoint["state_dict"]
-        for name, tensor in list(weights.items()) if fast else ():
-            if isinstance(tensor, Tensor) and tensor.data_ptr() in fast:
-                weights[name] = fast[tensor.data_ptr()].clone()
+        is_by_parts = any(map(is_shared_out, weights.values()))
+        fast = self._aside if is_by_parts else for_checkpoint(self._aside)
+        known = {tensor: name for name, tensor in self._fast.items()}
+        parameters, buffers = self.model.named_parameters, self.model.named_buffers
+        for name, tensor in itertools.chain(parameters(remove_duplicate=False), buffers(remove_duplicate=False)):
+            if tensor in known and name in weights:
+                weights[name] = fast[known[tensor]]
 
     # ---- checkpoints
 
     @override
     def _state(self) -> dict[str, Any]:
         # Statistics of batches differ from rank to rank: those of rank 0 are saved, as they are of the model.
-        of_rank_0 = gather_over_ranks([self._slow[name] for name in self._buffers])
-        buffers = {name: gathered[0].clone() for name, gathered in zip(self._buffers, of_rank_0, strict=True)}
+        differing = [name for name, buffer in self._buffers.items() if not is_shared_out(buffer)]
+        of_rank_0 = gather_over_ranks([self._slow[name] for name in differing])
+        buffers = {name: gathered[0].clone() for name, gathered in zip(differing, of_rank_0, strict=True)}
         slow = {name: buffers[name] if name in buffers else tensor.clone() for name, tensor in self._slow.items()}
         return super()._state() | {"slow": slow}
 
@@ -220,9 +236,10 @@ class HareAndTortoise(ScheduledCallback):
             )
         super()._restore(state)
         for name, tensor in slow.items():
-            self._slow[name].copy_(tensor)
+            local(self._slow[name]).copy_(held_of(tensor, self._slow[name]))
 
     @override
     def _numbers(self) -> dict[str, Tensor | float]:
-        distances = [norm(self._fast[name].double() - tensor) for name, tensor in self._slow.items()]
-        return {"distance_to_slow": joint_norm(distances)}
+        fast = self._fast.values()
+        squares = [norm(local(f).double() - local(s)).square() for f, s in zip(fast, self._slow.values(), strict=True)]
+        return {"distance_to_slow": torch.stack(sum_over_shards(squares, [*fast])).sum().sqrt()}

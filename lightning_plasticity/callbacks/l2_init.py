@@ -18,6 +18,7 @@ from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.functional.l2_init import at_the_same_rank, l2_init_update
 from lightning_plasticity.functional.weights import norm
 from lightning_plasticity.layers.weights import find_norm_parameters
+from lightning_plasticity.shards import gradient, held_of, local, part_of, shared_out_as, sum_over_shards, whole
 
 Match: TypeAlias = Literal["position", "sorted"]
 
@@ -40,7 +41,8 @@ class L2Init(PlasticityCallback):
 
     ``match="sorted"`` is Wasserstein regularisation: each weight is drawn to the initial value of the same rank in its
     tensor, the smallest to the smallest, and so on. That holds the distribution of the weights, and leaves them free to
-    change places. Sorting takes time, which ``every_n_train_steps`` saves.
+    change places. Sorting takes time, which ``every_n_train_steps`` saves; where parameters are shared out among ranks,
+    each is put together for it, one at a time.
 
     Args:
         coefficient: :math:`\lambda`; 1e-3 has been published for the sorted form.
@@ -72,6 +74,8 @@ class L2Init(PlasticityCallback):
         arXiv 2312.00246 (the sorted form).
     """
 
+    works_on_parts = True
+
     def __init__(
         self,
         coefficient: float = 1e-3,
@@ -98,7 +102,7 @@ class L2Init(PlasticityCallback):
             )
         self.exclude = checks.words("exclude", exclude)
         self._parameters_by_name: dict[str, Tensor] = {}
-        self._initial: dict[Tensor, Tensor] = {}  # sorted, and flat, with match="sorted"
+        self._initial: dict[Tensor, Tensor] = {}  # in order with match="sorted"; shared out as the parameters are
         self._steps: list[int] = []  # of each optimizer
 
     @override
@@ -134,15 +138,21 @@ class L2Init(PlasticityCallback):
 
     def _target(self, parameter: Tensor) -> Tensor:
         """What is kept of a parameter's initial value."""
-        start = parameter.detach().clone()
-        return start.flatten().sort().values if self.match == "sorted" else start
+        start = parameter.detach()
+        if self.match == "position":
+            return start.clone()
+        ordered = whole(start).flatten().sort().values.view(start.shape)
+        return shared_out_as(parameter, part_of(parameter).take(ordered))
 
     def _aims(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
-        """What each of the parameters is drawn to, given their values."""
-        targets = [self._initial[parameter] for parameter in parameters]
+        """What the parts on this rank of each of the parameters are drawn to, given their values."""
         if self.match == "position":
-            return targets
-        return [at_the_same_rank(value, target) for value, target in zip(values, targets, strict=True)]
+            return [local(self._initial[parameter]) for parameter in parameters]
+        return [self._aim_in_order(*pair) for pair in zip(parameters, values, strict=True)]
+
+    def _aim_in_order(self, parameter: Tensor, value: Tensor) -> Tensor:
+        ordered = whole(self._initial[parameter]).flatten()
+        return part_of(parameter).take(at_the_same_rank(whole(shared_out_as(parameter, value)), ordered))
 
     @override
     def _works_on(self) -> str:
@@ -164,7 +174,7 @@ class L2Init(PlasticityCallback):
             if parameters:
                 rate = group["lr"] * self.coefficient * self.every_n_train_steps
                 if self.match == "position":
-                    self.editor.draw_towards(parameters, [self._initial[p] for p in parameters], rate)
+                    self.editor.draw_towards(parameters, self._aims(parameters, parameters), rate)
                 else:
                     values = self.editor.precise(parameters)
                     self.editor.add(parameters, l2_init_update(values, self._aims(parameters, values), rate))
@@ -187,8 +197,10 @@ class L2Init(PlasticityCallback):
     def _add_to_gradients(self, optimizer: Optimizer) -> None:
         trained = [p for group in optimizer.param_groups for p in group["params"] if p in self._initial]
         parameters = [p for p in trained if p.grad is not None]
+        for parameter in parameters:
+            parameter.grad = gradient(parameter)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if any(gradient.is_sparse for gradient in gradients):
+        if any(of_one.is_sparse for of_one in gradients):
             raise RuntimeError(
                 "L2Init(decoupled=False) needs dense gradients, but one of an embedding with sparse=True is not. Use "
                 "decoupled=True, or exclude the embedding."
@@ -196,7 +208,9 @@ class L2Init(PlasticityCallback):
         scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer divides by it inside its kernel
         rate = self.coefficient * (1.0 if scale is None else scale)
         if parameters:
-            torch._foreach_add_(gradients, l2_init_update(parameters, self._aims(parameters, parameters), -rate))
+            values = list(map(local, parameters))
+            update = l2_init_update(values, self._aims(parameters, values), -rate)
+            torch._foreach_add_(list(map(local, gradients)), update)
 
     @override
     def _state(self) -> dict[str, Any]:
@@ -212,12 +226,16 @@ class L2Init(PlasticityCallback):
                 f"{sorted(initial.keys() ^ self._parameters_by_name.keys())}. Resume with the run's model and settings."
             )
         for name, parameter in self._parameters_by_name.items():
-            self._initial[parameter].copy_(initial[name])
+            target, saved = self._initial[parameter], initial[name]
+            if self.match == "sorted":
+                saved = saved.view(target.shape)  # version 0.1.0 saved it flat
+            local(target).copy_(held_of(saved, target))
         self._steps = list(state.get("steps", self._steps))  # which older checkpoints lack
 
     @override
     def _numbers(self) -> dict[str, Tensor | float]:
         parameters = list(self._initial)
-        aims = self._aims(parameters, parameters)
-        squares = [norm(parameter - aim).square() for parameter, aim in zip(parameters, aims, strict=True)]
-        return {"distance_from_initial": sum(squares[1:], squares[0]).sqrt()}
+        values = list(map(local, parameters))
+        aims = self._aims(parameters, values)
+        squares = [norm(value - aim).square() for value, aim in zip(values, aims, strict=True)]
+        return {"distance_from_initial": torch.stack(sum_over_shards(squares, parameters)).sum().sqrt()}

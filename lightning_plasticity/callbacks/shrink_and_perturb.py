@@ -15,7 +15,7 @@ from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.editing.initial import Init, InitialDistribution, InitName
 from lightning_plasticity.engine.schedule import Schedule, ScheduledCallback
 from lightning_plasticity.functional.shrink_and_perturb import shrink_and_perturb
-from lightning_plasticity.shards import local
+from lightning_plasticity.shards import held_of, local
 
 
 class ShrinkAndPerturb(ScheduledCallback):
@@ -71,6 +71,8 @@ class ShrinkAndPerturb(ScheduledCallback):
         Ash, Adams, "On warm-starting neural network training", NeurIPS 2020; arXiv 1910.08475.
     """
 
+    works_on_parts = True
+
     def __init__(
         self,
         shrink: float = 0.6,
@@ -95,7 +97,6 @@ class ShrinkAndPerturb(ScheduledCallback):
         known = (*get_args(InitName), "start")
         self.init = init if callable(init) else checks.choice("init", init, known, other="a function or ")
         self.exclude = checks.words("exclude", exclude)
-        self.works_on_parts = self.init != "start"  # starts are in the checkpoint, and would have to be put together
 
     @override
     def _start(self) -> None:
@@ -128,7 +129,7 @@ class ShrinkAndPerturb(ScheduledCallback):
         trained = [name for name in self._names if id(self.model.get_parameter(name)) in due]
         parameters: list[nn.Parameter] = [self.model.get_parameter(name) for name in trained]
         fresh = [
-            self._starts[name] if self._starts else self._initial.draw(name, self.draws.generator(p.device))
+            local(self._starts[name]) if self._starts else self._initial.draw(name, self.draws.generator(p.device))
             for name, p in zip(trained, parameters, strict=True)
         ]
         if parameters:  # or all belong to an optimizer that has not stepped
@@ -152,4 +153,5 @@ class ShrinkAndPerturb(ScheduledCallback):
                 "ShrinkAndPerturb must resume with the parameters of its checkpoint, but only one of the two kept the "
                 f"start of {sorted(starts.keys() ^ self._starts.keys())}. Resume with the run's model and settings."
             )
-        self._starts = {name: start.to(self._starts[name], copy=True) for name, start in starts.items()}
+        for name, start in starts.items():
+            local(self._starts[name]).copy_(held_of(start, self._starts[name]))

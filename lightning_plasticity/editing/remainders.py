@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.shards import is_shared_out, local
+from lightning_plasticity.shards import held_of, local, shared_out_as
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -77,16 +77,12 @@ class Remainders:
         return kept.masked_fill_(is_small.logical_not_(), 0.0)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What is kept, by the parameters' names, of parameters that every rank has whole.
-
-        Of those that are shared out a checkpoint, which any number of ranks may load, has nothing: their remainders,
-        less than the last bit of each value, are lost where a run is resumed.
-        """
+        """What is kept, by the parameters' names, shared out among ranks as these are."""
         named = self._model.named_parameters()
-        return {name: self._kept[p].clone() for name, p in named if p in self._kept and not is_shared_out(p)}
+        return {name: shared_out_as(p, self._kept[p].clone()) for name, p in named if p in self._kept}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take back what :meth:`state_dict` gave.
+        """Take back what :meth:`state_dict` gave, or the same put together.
 
         Raises:
             ValueError: If the model has no such parameters in half precision.
@@ -102,7 +98,10 @@ class Remainders:
                     f"{tuple(kept.shape)}, which in this {type(self._model).__name__} {own}. Resume with the model and "
                     "the precision of the run."
                 )
-        self._kept = {named[name]: kept.to(named[name].device, copy=True) for name, kept in state_dict.items()}
+        self._kept = {
+            named[name]: held_of(kept, named[name]).to(named[name].device, copy=True)
+            for name, kept in state_dict.items()
+        }
 
 
 def _is_half(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_plasticity.functional.selection import mean_of_all
 from lightning_plasticity.functional.selective_reinit import gradient_utilities
-from lightning_plasticity.shards import gradient, local, part_of, put_together
+from lightning_plasticity.shards import gradient, held_of, local, shared_out_as
 
 
 class GradientUtility:
@@ -73,14 +73,14 @@ class GradientUtility:
         self._updates.pop(name)
 
     def state_dict(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The averages, put together, and how many steps are in them, for a checkpoint."""
-        averages = {name: put_together(average, weights[name]) for name, average in self._averages.items()}
+        """The averages, shared out as the weights are, and how many steps are in them, for a checkpoint."""
+        averages = {name: shared_out_as(weights[name], kept.clone()) for name, kept in self._averages.items()}
         return {"averages": averages, "updates": dict(self._updates)}
 
     def load_state_dict(self, state_dict: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
-        """Put back the averages of a checkpoint, or the parts of them that belong to the parts of these weights."""
+        """Put back the averages of a checkpoint, or of them what belongs to the parts of these weights."""
         self._averages = {
-            name: part_of(weights[name]).take(average.to(weights[name].device, copy=True))
+            name: held_of(average, weights[name]).to(weights[name].device, copy=True)
             for name, average in state_dict["averages"].items()
         }
         self._updates = dict(state_dict["updates"])

@@ -26,7 +26,7 @@ from lightning_plasticity.engine.examination import Examination, Question
 from lightning_plasticity.engine.forward import ModelHook, forget_compiled_code
 from lightning_plasticity.engine.method import Method
 from lightning_plasticity.engine.settings import ShowsSettings, without_links
-from lightning_plasticity.engine.state import VERSION, check_state
+from lightning_plasticity.engine.state import VERSION, check_state, for_checkpoint
 from lightning_plasticity.engine.steps import OptimizerSteps, is_joining, unwrapped
 from lightning_plasticity.kernels import kernels_on, use_kernels
 from lightning_plasticity.names import original
@@ -173,7 +173,7 @@ class LoopMethod(ShowsSettings, Method, ABC):
         In a distributed run all ranks must call it.
         """
         if self._ready:
-            self._saved, self._saved_of = self.state_dict(), weakref.ref(self.model)
+            self._saved, self._saved_of = self._own_state(), weakref.ref(self.model)
         self._let_go()
 
     def _let_go(self) -> None:
@@ -367,7 +367,14 @@ class LoopMethod(ShowsSettings, Method, ABC):
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the method must remember, for a checkpoint. In a distributed run all ranks must call it."""
+        """All that the method must remember, for a checkpoint. In a distributed run all ranks must call it.
+
+        Where parameters are shared out among ranks, what is as large as they are is whole on rank 0 and None on others.
+        """
+        return for_checkpoint(self._own_state())
+
+    def _own_state(self) -> dict[str, Any]:
+        """What ``state_dict`` gives, but of what is shared out each rank has its part."""
         if not self._ready:
             return dict(self._saved or {})
         shard_again(self._sharded)
@@ -394,7 +401,7 @@ class LoopMethod(ShowsSettings, Method, ABC):
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         """Takes state whole, or raises and is as before."""
-        own = self.state_dict()
+        own = self._own_state()
         check_state(type(self).__name__, state_dict, own)
         try:
             self._take_state(state_dict)
@@ -423,7 +430,7 @@ class LoopMethod(ShowsSettings, Method, ABC):
         copied = type(self)(*args, **kwargs)
         settings = vars(copied).keys() - {"optimizers"}
         vars(copied).update({name: vars(self)[name] for name in settings if not name.startswith("_")})
-        copied.load_state_dict(self.state_dict())
+        copied.load_state_dict(self._own_state())
         return copied
 
     def __getstate__(self) -> dict[str, Any]:

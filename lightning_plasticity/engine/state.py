@@ -1,4 +1,8 @@
-"""Whether state from a checkpoint fits a method, told before any of it is taken."""
+"""State of methods in a checkpoint: whether it fits, told before any of it is taken, and what is shared out in it.
+
+What a method remembers of each entry of a parameter is shared out among ranks as the parameter is: a ``DTensor``, of
+which each rank holds its part. In a checkpoint it is whole, so that any number of ranks can go on from it.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,35 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from lightning_plasticity import checks
 from lightning_plasticity.distributed import world_size
+from lightning_plasticity.editing.editable import is_finite
+from lightning_plasticity.shards import is_shared_out, whole
 
 _OF_ANY_LENGTH = {"young", "states"}  # lists of what has happened so far
 _MAYBE_NONE = {"last_epoch"}
 VERSION = 1  # of the form of state; what has none was saved by version 0.1.0
+
+
+def for_checkpoint(state: Mapping[str, Any]) -> dict[str, Any]:
+    """State with what is shared out put together, one tensor after another, in the main memory of rank 0.
+
+    All ranks must call this. On other ranks than the first, None stands in the place of what was put together, for a
+    checkpoint has what rank 0 has.
+    """
+
+    def together(value: Any) -> Any:
+        if not is_shared_out(value):
+            return value
+        complete = whole(value)  # by all ranks
+        return complete.cpu() if dist.get_rank() == 0 else None
+
+    put_together: dict[str, Any] = tree_map(together, state)
+    return put_together
 
 
 def check_state(method: str, given: Any, own: Mapping[str, Any]) -> None:
@@ -50,10 +75,10 @@ def _misfit(method: str, where: str, needed: str, got: str) -> ValueError:
 
 def _check_finite(method: str, value: Any, where: str) -> None:
     if isinstance(value, Tensor):
-        is_finite = not value.is_floating_point() or bool(value.isfinite().all())
+        is_sound = not value.is_floating_point() or is_finite(value)
     else:
-        is_finite = not isinstance(value, float) or math.isfinite(value)
-    if not is_finite:
+        is_sound = not isinstance(value, float) or math.isfinite(value)
+    if not is_sound:
         raise _misfit(method, f"'{where}'", "finite", "NaN or infinity")
     for key, part in _parts(value):
         _check_finite(method, part, f"{where}.{key}")
@@ -79,11 +104,19 @@ def _kind(value: Any) -> str:
 def _compare(method: str, given: Any, own: Any, where: str) -> None:
     if own is None:
         return  # nothing has been there yet
+    if given is None and is_shared_out(own):
+        raise _misfit(method, where, "of rank 0, where it is whole", "that of another rank")
     if _kind(given) != _kind(own):
         raise _misfit(method, where, _kind(own), _kind(given))
     if isinstance(own, Tensor):
         # What differs from rank to rank has a dimension for them, and their number may have changed.
-        by_rank = own.ndim > 0 and len(own) in (1, world_size()) and given.ndim > 0 and len(given) > 0
+        by_rank = (
+            own.ndim > 0
+            and not is_shared_out(own)
+            and len(own) in (1, world_size())
+            and given.ndim > 0
+            and len(given) > 0
+        )
         if given.shape != own.shape and not (by_rank and given.shape[1:] == own.shape[1:]):
             raise _misfit(method, where, f"of shape {tuple(own.shape)}", f"{tuple(given.shape)}")
     elif isinstance(own, Mapping):

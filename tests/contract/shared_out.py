@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -104,3 +106,11 @@ def batch(step: int, part: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1000 * step + part)
     x = torch.randn(8, 16, generator=generator, dtype=torch.float64)
     return x + part, torch.randint(3, (8,), generator=generator)
+
+
+def of_rank_0(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a method that a checkpoint has, on every rank that goes on from it."""
+    message = [state]
+    if dist.is_initialized():
+        dist.broadcast_object_list(message)
+    return message[0]

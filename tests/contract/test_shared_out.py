@@ -19,11 +19,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 
 from contract.cases import Case
-from contract.shared_out import BOTH, FSDP_2, FSDP_4, HSDP, NETS, TENSORS_2, Way, batch
+from contract.shared_out import BOTH, FSDP_2, FSDP_4, HSDP, NETS, TENSORS_2, Way, batch, of_rank_0
 from contract.training import Network, assert_same, every_case, seeded
 from lightning_plasticity import (
     ActivationReset,
     ContinualBackprop,
+    HareAndTortoise,
+    L2Init,
     LayerReset,
     OptimizerReset,
     PartialReset,
@@ -54,6 +56,12 @@ METHODS: dict[str, partial[PlasticityCallback]] = {
     "WeightClipping": partial(WeightClipping, 0.9),
     "SoftWeightRescaling": partial(SoftWeightRescaling, 0.3),
     "SoftWeightRescaling, held": partial(SoftWeightRescaling, 1.0, biases="keep"),
+    "L2Init": partial(L2Init, 0.3),
+    # Before batch norm a bias has no gradient but the penalty's, which is made of rounding.
+    "L2Init, in the gradient": partial(L2Init, 0.3, decoupled=False, exclude="0.bias"),
+    "L2Init, sorted": partial(L2Init, 0.3, match="sorted", every_n_train_steps=2),
+    "HareAndTortoise": partial(HareAndTortoise, 0.8, every_n_train_steps=10),
+    "ShrinkAndPerturb, from the start": partial(ShrinkAndPerturb, 0.8, 0.2, init="start", every_n_train_steps=10),
     "OptimizerReset": partial(OptimizerReset, every_n_train_steps=10),
     "SelectiveReinit": partial(SelectiveReinit, 0.2, "mean_noise", every_n_train_steps=10, seed=1),
     "SelectiveReinit by chance": partial(SelectiveReinit, 0.2, "normal", std=0.1, utility="random", seed=1),
@@ -91,7 +99,9 @@ def course(method: PlasticityCallback, model: nn.Module, parts: list[int], examp
         for part in parts:
             x, y = batch(step, part)
             (cross_entropy(model(x), y) / len(parts)).backward()
+        gradients = [local(p.grad).clone() for p in model.parameters() if p.grad is not None]
         optimizer.step()
+        acted |= not all(map(torch.equal, gradients, (local(p.grad) for p in model.parameters() if p.grad is not None)))
         before = copies(model)
         method.step()
         acted |= bool(method._numbers().get("resets")) or any_differs(before, model)
@@ -101,11 +111,13 @@ def course(method: PlasticityCallback, model: nn.Module, parts: list[int], examp
             chosen.append((method._numbers().get("replaced"), (method._ages.now() == 0).nonzero().squeeze(1).tolist()))
     weights = {name: whole(p).detach() for name, p in model.named_parameters()}
     state = method.state_dict()
-    method.load_state_dict(state)
+    method.load_state_dict(of_rank_0(state))
     assert_same(method.state_dict(), state)
     averages = method._averages.state_dict(method._weights)["averages"] if isinstance(method, SelectiveReinit) else {}
+    for name, average in averages.items():
+        weights[f"average of {name}"] = whole(average)
     method.detach()
-    return {"chosen": chosen, "tensors": weights | {f"average of {n}": a for n, a in averages.items()}, "acted": acted}
+    return {"chosen": chosen, "tensors": weights, "acted": acted}
 
 
 def copies(model: nn.Module) -> list[Tensor]:
