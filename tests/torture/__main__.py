@@ -42,7 +42,7 @@ def main(parts: list[str]) -> None:
         elif part == "soak":
             from torture import soak
 
-            text = soak.run(100_000)
+            text = soak.run(10_000 * times)
         elif part == "mutation":
             from torture import mutation
 

@@ -1,4 +1,4 @@
-"""100,000 steps of each method: memory and the time of a step stay what they were."""
+"""Many steps of each method: memory and the time of a step stay what they were."""
 
 import os
 import tempfile
