@@ -52,6 +52,23 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)] if dist.is_available() else []
 
 
+def splits_layers(model: nn.Module) -> bool:
+    """Whether tensor parallelism splits layers of a model: then what one of its modules gives out may be a piece.
+
+    FSDP2 alone cuts each parameter along one dimension of its mesh, and puts it together for the call.
+
+    Example:
+        >>> splits_layers(nn.Linear(1, 1))
+        False
+    """
+    cuts = [
+        sum(not placement.is_replicate() for placement in parameter.placements)
+        for parameter in model.parameters()
+        if is_shared_out(parameter)
+    ]
+    return max(cuts, default=0) > (1 if sharded_modules(model) else 0)
+
+
 def shard_again(modules: Iterable[FSDPModule]) -> None:
     """Lets FSDP2 let go of the whole parameters that it keeps after a forward pass without a backward pass.
 

@@ -13,7 +13,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
-from lightning_plasticity.shards import gradient, held_of, local, part_of, shared_out_as, sum_over_shards, whole
+from lightning_plasticity.functional import gradient_norm
+from lightning_plasticity.functional.gradients import read_gradients
+from lightning_plasticity.shards import (
+    gradient,
+    held_of,
+    local,
+    part_of,
+    shared_out_as,
+    splits_layers,
+    sum_over_shards,
+    whole,
+)
 
 RANKS = 4
 
@@ -87,13 +98,15 @@ def gradients_of_a_sequence(rank: int) -> dict[str, Any]:
     (model(x.chunk(RANKS, 1)[rank]) ** 2).sum().backward()
     assert model[0].weight.grad.placements[0].is_partial()
     assert all(gradient(p).placements == p.placements for p in model.parameters())
-    return {name: whole(gradient(p)) for name, p in model.named_parameters()}
+    norm = gradient_norm(read_gradients(model.parameters()))
+    return {name: whole(gradient(p)) for name, p in model.named_parameters()} | {"norm": norm}
 
 
 def on_each_rank(rank: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for way in WAYS:
         model = way(network())
+        assert splits_layers(model) == (way in (tensors, both))
         results[way.__name__] = {name: looked_at(p) for name, p in model.named_parameters()}
         parameter = next(model.parameters())
         with torch.no_grad():
@@ -165,6 +178,7 @@ def test_gradients_are_added_up_where_each_rank_has_a_term(ranks: list[dict[str,
             assert gradient(parameter) is parameter.grad
             # each rank's loss is of its part of the outputs
             torch.testing.assert_close(rank["gradients"][name], parameter.grad)
+        torch.testing.assert_close(rank["gradients"]["norm"], gradient_norm([p.grad for p in model.parameters()]))
 
 
 def test_a_whole_tensor_is_the_part_that_is_all_of_it() -> None:

@@ -12,8 +12,9 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_plasticity import checks
 from lightning_plasticity.functional.activity import Reduce, check_layout, unit_rows
-from lightning_plasticity.functional.weights import named_parameters
+from lightning_plasticity.functional.weights import check_same_tensors, named_parameters
 from lightning_plasticity.metrics.plotting import Plotted, draw
+from lightning_plasticity.shards import held_of, shared_out_as
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -219,7 +220,8 @@ class ReferencedMetric(MeanOverUpdates):
     """Base of the measures that compare a model with an earlier moment of itself.
 
     The reference is kept when the metric is reset, is on the model's device, and is always part of ``state_dict``,
-    because it cannot be measured again. A new instance takes a new reference.
+    because it cannot be measured again. A new instance takes a new reference. Of parameters that are shared out among
+    ranks each keeps its part; a state may have them put together.
     """
 
     def __init__(self, *settings: object, **kwargs: Any) -> None:
@@ -234,6 +236,13 @@ class ReferencedMetric(MeanOverUpdates):
         """Put back the reference, from ``load_state_dict``."""
         reference = extra_state(self, state, "reference")
         self._reference = None if reference is None else named_parameters(reference)
+
+    def _place_reference(self, parameters: Mapping[str, Tensor]) -> None:
+        """Shares the reference out as the parameters are, where it was loaded whole."""
+        if self._reference is not None:
+            check_same_tensors(parameters, self._reference)
+            held = {name: held_of(start, parameters[name]) for name, start in self._reference.items()}
+            self._reference = {name: shared_out_as(p, held[name].to(p.device)) for name, p in parameters.items()}
 
 
 def extra_state(metric: PlasticityMetric, state: Any, key: str) -> Any:

@@ -142,6 +142,7 @@ class DistanceFromInit(ReferencedMetric):
     def update(self, model: Source) -> None:
         """Measure a module or named tensors; the first update is the reference."""
         parameters = weights.named_parameters(model)
+        self._place_reference(parameters)
         if self._reference is None:
             self._reference = copied(parameters)
         distance = weights.distance_from_init(parameters, self._reference)
@@ -186,6 +187,7 @@ class UpdateRatio(ReferencedMetric):
     def update(self, model: Source) -> None:
         """Measure the step of a module or of named tensors since the last update."""
         parameters = weights.named_parameters(model)
+        self._place_reference(parameters)
         if self._reference is not None:
             self._record(weights.update_ratio(parameters, self._reference))
         self._reference = copied(parameters)

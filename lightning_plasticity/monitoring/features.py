@@ -12,10 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_plasticity.engine.activations import check_channels
 from lightning_plasticity.engine.examination import Part, is_inside
 from lightning_plasticity.engine.forward import ModelHook, allow_compiled_code, run_eagerly
 from lightning_plasticity.layer_views import layer_at
 from lightning_plasticity.names import named_modules_as_written
+from lightning_plasticity.shards import is_shared_out, splits_layers, whole
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.find import Findings, HiddenUnits
 
@@ -47,6 +49,7 @@ class FeatureReader:
         receive: Callable[[str, Tensor], None],
     ) -> None:
         self._model, self._scope, self._name = model, scope, name
+        self._are_split = splits_layers(model)
         self._patterns, self._hears, self._receive = patterns, hears, receive
         self.layers: dict[str, int | None] = {}  # the dimension of units in the features; None where it is not known
         self._matched: set[str] = set()
@@ -131,12 +134,18 @@ class FeatureReader:
         entries = slots.entry[slots.unit.argsort(stable=True)].view(units.size, -1).to(layer.weight.device)
 
         def read(x: Tensor) -> None:
-            if self._hears():
-                self._receive(name, by_unit(x.detach(), entries, layer.channel_dim))
+            if not self._hears():
+                return
+            x = whole(x.detach())  # of a layer that tensor parallelism splits each rank is given a piece
+            if is_shared_out(layer.weight):
+                check_channels(x.shape[layer.channel_dim], layer.inputs)
+            self._receive(name, by_unit(x, entries, layer.channel_dim))
 
         self._add(partial(layer.hear, read, ModelHook))
 
     def _read_output(self, name: str, module: nn.Module) -> None:
+        has_parameters = any(True for _ in module.parameters())
+
         def read(_: nn.Module, args: Any, output: Any) -> None:
             if not self._hears():
                 return
@@ -145,9 +154,15 @@ class FeatureReader:
                     f"layers= must name modules that return a tensor, but {name!r} returns {type(output).__name__}. "
                     "Name a module inside it."
                 )
-            self._receive(name, output.detach())
+            if self._are_split and not has_parameters and not is_shared_out(output):
+                raise RuntimeError(
+                    f"Under tensor parallelism layers= must name modules with parameters, but {name!r} has none: what "
+                    "it returns may be a rank's piece. Name a set of hidden units, the layer before or the one around."
+                )
+            self._receive(name, whole(output.detach()))
 
-        self._add(partial(module.register_forward_hook, ModelHook(read)))
+        # Before tensor parallelism makes a plain piece of the output, which would not say which piece it is.
+        self._add(partial(module.register_forward_hook, ModelHook(read), prepend=self._are_split))
 
     def _add(self, register: Callable[[], RemovableHandle]) -> None:
         self._registers.append(register)

@@ -19,9 +19,10 @@ from typing_extensions import Self
 
 from lightning_plasticity import checks
 from lightning_plasticity.distributed import world_size
-from lightning_plasticity.editing.editable import check_trains, check_whole
+from lightning_plasticity.editing.editable import check_own_shapes, check_trains
 from lightning_plasticity.engine.schedule import Schedule
 from lightning_plasticity.engine.settings import ShowsSettings, without_links
+from lightning_plasticity.engine.state import for_checkpoint
 from lightning_plasticity.engine.steps import OptimizerSteps, unwrapped
 from lightning_plasticity.monitoring.features import inputs_and_targets_of
 from lightning_plasticity.monitoring.measures import Measures, mean_and_layers, named
@@ -200,7 +201,7 @@ class LoopMonitor(ShowsSettings):
         self._has_stepped, self._loggers = False, ()
 
     def _find_scope(self, model: nn.Module) -> nn.Module:
-        check_whole(model, "PlasticityMonitor needs")
+        check_own_shapes(model, "PlasticityMonitor needs")
         modules = dict(named_modules_as_written(model))
         if (self.module or "") not in modules:
             raise ValueError(
@@ -250,8 +251,12 @@ class LoopMonitor(ShowsSettings):
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """What was measured, and what metrics keep, for a checkpoint."""
-        return {"history": self.history, "metrics": self._measures.state_dict(), "steps": self._steps}
+        """What was measured, and what metrics keep, for a checkpoint. In a distributed run all ranks must call it.
+
+        Where parameters are shared out among ranks, what is as large as they are is whole on rank 0 and None on others.
+        """
+        metrics = for_checkpoint(self._measures.state_dict())
+        return {"history": self.history, "metrics": metrics, "steps": self._steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from what ``state_dict`` gave, when a fit or a loop begins next."""

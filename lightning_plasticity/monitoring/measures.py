@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_plasticity.metrics import (
+    Churn,
     DeadUnits,
     DistanceFromInit,
     DormantUnits,
@@ -24,7 +25,7 @@ from lightning_plasticity.metrics import (
     WeightNorm,
     ZeroGradientFraction,
 )
-from lightning_plasticity.metrics.base import UnitMetric
+from lightning_plasticity.metrics.base import PlasticityMetric, UnitMetric
 
 Kind = Literal["features", "model", "gradients", "step", "inputs", "batch"]
 _KINDS: dict[tuple[str, ...], Kind] = {
@@ -109,6 +110,17 @@ class Measures:
     def has(self, *kinds: Kind) -> bool:
         """Whether there is a metric of one of these kinds."""
         return any(kind in kinds for kind in self._kinds.values())
+
+    def check_take_parts(self) -> None:
+        """Raises for measures that cannot be taken of a model whose parameters are shared out among ranks."""
+        for name, metric in self.prototypes.items():
+            differentiates = isinstance(metric, PlasticityMetric) and not isinstance(metric, Churn)
+            if differentiates and self._kinds[name] in ("inputs", "batch"):
+                raise RuntimeError(
+                    f"{type(metric).__name__} differentiates the model on a batch and needs whole parameters, but they "
+                    f"are shared out among ranks (FSDP2 or tensor parallelism). Leave {name!r} out, or measure a model "
+                    "on one device that has loaded the weights."
+                )
 
     def of(self, kind: Kind, layer: str = "", unit_dim: int | None = None) -> list[Metric]:
         """The metrics of a kind, made when they are first needed."""

@@ -19,8 +19,10 @@ from lightning_plasticity.metrics.base import ReferencedMetric
 from lightning_plasticity.monitoring.features import FeatureReader, call_with, inputs_and_targets_of, inputs_of
 from lightning_plasticity.monitoring.measures import Measures
 from lightning_plasticity.names import original
+from lightning_plasticity.shards import is_shared_out, shard_again, sharded_modules
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.examining import is_examining, undisturbed
+from lightning_plasticity.units.together import as_if_alone
 
 Values = dict[str, dict[str, float]]
 
@@ -46,7 +48,11 @@ class Session:
         layers: list[str] | None,
         probe_batch: Any,
     ) -> None:
-        self._measures, self._scope = measures, scope
+        self._measures, self._model, self._scope = measures, model, scope
+        self._sharded = sharded_modules(model)
+        shard_again(self._sharded)
+        if any(map(is_shared_out, model.parameters())):
+            measures.check_take_parts()
         self._listens = False  # whether the batch at hand belongs to a measurement
         self._has_announced = False  # which layers are read
         self._batch = probe_batch  # for metrics that need inputs
@@ -80,6 +86,7 @@ class Session:
     def start_batch(self, batch: Any) -> None:
         """A batch that belongs to a measurement is about to be trained on."""
         self._listens = True
+        shard_again(self._sharded)
         if self._examination is not None and self._reader is not None:
             self._reader.start()
         if self._batch is None and self._measures.has("inputs", "batch"):
@@ -148,6 +155,7 @@ class Session:
         Args:
             forward_context: the context in which the probe batch is run.
         """
+        shard_again(self._sharded)
         if self._reader is not None:
             self._reader.check({} if self._examination is None else self._examination.failed)
             for layer, unit_dim in self._reader.layers.items():
@@ -160,7 +168,7 @@ class Session:
 
     def _run_model(self, forward_context: Callable[[], AbstractContextManager[Any]]) -> None:
         """Measures what takes forward passes of its own, which leave no trace and which no plasticity method counts."""
-        with undisturbed(self._scope):
+        with undisturbed(self._scope), as_if_alone(self._model):
             self._scope.eval()
             if self._probe is not None and self._reader is not None:
                 self._reader.start()

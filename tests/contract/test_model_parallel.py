@@ -1,5 +1,8 @@
 """Trainer and Fabric with `ModelParallelStrategy`, and checkpoints that any number of ranks can go on from."""
 
+import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,14 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from ranks import on_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
-from contract.shared_out import batch, perceptron
+from contract.shared_out import NETS, batch, perceptron
 from contract.training import assert_same
-from lightning_plasticity import ContinualBackprop
+from lightning_plasticity import ContinualBackprop, PlasticityMonitor
+from lightning_plasticity.engine import unit_callback
 from lightning_plasticity.shards import whole
 
 STEPS = 8  # in each of two epochs
@@ -47,7 +52,10 @@ class Classifier(LightningModule):
         self.net = perceptron().double()
 
     def configure_model(self) -> None:
-        if self.device_mesh is not None:
+        if self.device_mesh is not None and self.device_mesh["tensor_parallel"].size() > 1:
+            styles = {name: style() for name, style in NETS["MLP"].plan.items()}
+            parallelize_module(self.net, self.device_mesh["tensor_parallel"], styles)
+        elif self.device_mesh is not None:
             fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, examples: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -83,34 +91,57 @@ def cbp() -> ContinualBackprop:
 
 
 def trained(parts: list[int], *callbacks: Callback, ckpt_path: Path | None = None, **options: Any) -> dict[str, Any]:
-    method = cbp()
+    method, monitor = cbp(), PlasticityMonitor(every_n_train_steps=4)
     quiet = {
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    trainer = Trainer(accelerator="cpu", max_epochs=2, callbacks=[method, *callbacks], **quiet, **options)
+    trainer = Trainer(accelerator="cpu", max_epochs=2, callbacks=[method, monitor, *callbacks], **quiet, **options)
     module = Classifier(parts)
     trainer.fit(module, ckpt_path=ckpt_path)
     weights = {name: whole(p).detach() for name, p in module.named_parameters()}
-    return {"weights": weights, "state": method.state_dict(), "replaced": method.replaced}
+    state = {"method": method.state_dict(), "monitor": monitor.state_dict()["metrics"]}
+    return {"weights": weights, "state": state, "replaced": method.replaced, "measured": monitor.history}
 
 
-def on_each(rank: int, folder: Path) -> dict[str, Any]:
-    def run(*callbacks: Callback, distributed: bool = False, **options: Any) -> dict[str, Any]:
-        strategy = ModelParallelStrategy(
-            data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=distributed
-        )
-        return trained([rank], *callbacks, devices=2, strategy=strategy, use_distributed_sampler=False, **options)
+def on_ranks_of_a_trainer(rank: int, *callbacks: Callback, tensors: int = 1, **options: Any) -> dict[str, Any]:
+    ranks = int(os.environ["WORLD_SIZE"])
+    strategy = ModelParallelStrategy(
+        data_parallel_size=ranks // tensors,
+        tensor_parallel_size=tensors,
+        save_distributed_checkpoint=options.pop("distributed", False),
+    )
+    options |= {"devices": ranks, "strategy": strategy, "use_distributed_sampler": False}
+    return trained([rank // tensors], *callbacks, **options)
 
-    return {
+
+def on_each_of_two(rank: int, folder: Path) -> dict[str, Any]:
+    run = partial(on_ranks_of_a_trainer, rank)
+    results = {
         "full": run(Saves(folder / "full.ckpt")),
         "resumed full": run(ckpt_path=folder / "full.ckpt"),
         "distributed": run(Saves(folder / "distributed"), distributed=True),
         "resumed distributed": run(ckpt_path=folder / "distributed", distributed=True),
+        "tensors": run(tensors=2),
         "fabric": fabric_run(rank),
     }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unit_callback, "_FEW", 1)  # as if these were more than few ranks
+        return results | {
+            "means": run(Saves(folder / "means.ckpt")),
+            "resumed means": run(ckpt_path=folder / "means.ckpt"),
+        }
+
+
+def on_each_of_four(rank: int, folder: Path) -> dict[str, Any]:
+    run = partial(on_ranks_of_a_trainer, rank)
+    return {"resumed from two": run(ckpt_path=folder / "full.ckpt"), "four": run(Saves(folder / "four.ckpt"))}
+
+
+def from_four_to_two(rank: int, folder: Path) -> dict[str, Any]:
+    return on_ranks_of_a_trainer(rank, ckpt_path=folder / "four.ckpt")
 
 
 def fabric_run(rank: int) -> dict[str, Any]:
@@ -135,9 +166,9 @@ def fabric_run(rank: int) -> dict[str, Any]:
     return {"weights": {f"net.{name}": whole(p).detach() for name, p in inner.named_parameters()}}
 
 
-def start(rank: int, folder: Path) -> dict[str, Any]:
+def start(rank: int, function: Callable[[int, Path], Any], folder: Path) -> Any:
     torch.distributed.destroy_process_group()  # Lightning makes its own
-    return on_each(rank, folder)
+    return function(rank, folder)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +178,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    return on_ranks(2, start, tmp_path_factory.mktemp("ranks"), folder, seconds=900)
+    return on_ranks(2, start, tmp_path_factory.mktemp("ranks"), on_each_of_two, folder, seconds=900)
+
+
+@pytest.fixture(scope="module")
+def four_ranks(ranks: list[Any], folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return on_ranks(4, start, tmp_path_factory.mktemp("ranks"), on_each_of_four, folder, seconds=900)
 
 
 def assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -155,24 +191,69 @@ def assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         assert (got[name] - tensor).abs().max() < 1e-9 * tensor.abs().max(), name
 
 
+def assert_measured_alike(got: Any, wanted: Any) -> None:
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        assert [step for step, _ in got[name]] == [step for step, _ in wanted[name]] != []
+        for (_, values), (_, others) in zip(got[name], wanted[name], strict=True):
+            assert values == pytest.approx(others, rel=1e-9, abs=1e-12), name
+
+
+def alone(parts: list[int], **options: Any) -> dict[str, Any]:
+    return trained(parts, devices=1, accumulate_grad_batches=len(parts), **options)
+
+
+def assert_same_course(got: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert got["replaced"] == wanted["replaced"] > 3
+    assert_close(got["weights"], wanted["weights"])
+    assert_measured_alike(got["measured"], wanted["measured"])
+
+
 def test_a_trainer_and_fabric_share_out_as_a_plain_loop(ranks: list[Any]) -> None:
-    alone = trained([0, 1], devices=1, accumulate_grad_batches=2)
-    assert alone["replaced"] > 3
+    of_both, of_one = alone([0, 1]), alone([0])
     for rank in ranks:
-        assert rank["full"]["replaced"] == alone["replaced"]
-        for run in ("full", "distributed", "fabric"):
-            assert_close(rank[run]["weights"], alone["weights"])
+        assert_same_course(rank["full"], of_both)
+        assert_same_course(rank["distributed"], of_both)
+        assert_same_course(rank["tensors"], of_one)
+        assert_close(rank["fabric"]["weights"], of_both["weights"])
 
 
 def test_the_same_number_of_ranks_resumes_to_the_last_bit(ranks: list[Any]) -> None:
     for rank in ranks:
         for kind in ("full", "distributed"):
-            assert_same(rank[f"resumed {kind}"]["weights"], rank[kind]["weights"])
-            assert_same(rank[f"resumed {kind}"]["state"], rank[kind]["state"])
-    assert_same(ranks[0]["full"]["state"], ranks[1]["full"]["state"])
+            for what in ("weights", "state", "measured"):
+                assert_same(rank[f"resumed {kind}"][what], rank[kind][what])
+    assert_same(ranks[0]["full"]["state"]["method"], ranks[1]["full"]["state"]["method"])
+
+
+def test_with_many_ranks_a_checkpoint_holds_the_means_alone(ranks: list[Any], folder: Path) -> None:
+    few, many = (torch.load(folder / f"{name}.ckpt", weights_only=False) for name in ("full", "means"))
+    shapes = [shapes_in(checkpoint["callbacks"][cbp().state_key]) for checkpoint in (few, many)]
+    assert len(shapes[0]) == len(shapes[1])
+    assert sum(a == (2, *b[1:]) and b[0] == 1 for a, b in zip(*shapes, strict=True)) > 1
+    assert all(a == b or a == (2, *b[1:]) for a, b in zip(*shapes, strict=True))
+    for rank in ranks:
+        assert_same_course(rank["means"], rank["full"])
+        assert_same_course(rank["resumed means"], rank["full"])
+
+
+def shapes_in(state: Any) -> list[tuple[int, ...]]:
+    if isinstance(state, dict):
+        return [shape for value in state.values() for shape in shapes_in(value)]
+    if isinstance(state, (list, tuple)):
+        return [shape for value in state for shape in shapes_in(value)]
+    return [tuple(state.shape)] if isinstance(state, Tensor) else []
 
 
 def test_one_device_goes_on_from_the_checkpoint_of_two(ranks: list[Any], folder: Path) -> None:
-    resumed = trained([0, 1], devices=1, accumulate_grad_batches=2, ckpt_path=folder / "full.ckpt")
-    assert resumed["replaced"] == ranks[0]["full"]["replaced"]
-    assert_close(resumed["weights"], ranks[0]["full"]["weights"])
+    assert_same_course(alone([0, 1], ckpt_path=folder / "full.ckpt"), ranks[0]["full"])
+
+
+def test_another_number_of_ranks_goes_on(four_ranks: list[Any], folder: Path, tmp_path: Path) -> None:
+    """The second epoch from the checkpoint of two ranks on four, and the other way round, is that of one device."""
+    from_two = alone([0, 1, 2, 3], ckpt_path=folder / "full.ckpt")
+    for rank in four_ranks:
+        assert_same_course(rank["resumed from two"], from_two)
+    from_four = alone([0, 1], ckpt_path=folder / "four.ckpt")
+    for got in on_ranks(2, start, tmp_path, from_four_to_two, folder, seconds=600):
+        assert_same_course(got, from_four)
