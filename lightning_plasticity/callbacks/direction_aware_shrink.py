@@ -28,6 +28,7 @@ from lightning_plasticity.layers.weights import (
     has_inputs_first,
     weights_in_words,
 )
+from lightning_plasticity.shards import is_shared_out, part_of, shared_out_as, whole
 
 
 class DirectionAwareShrink(ScheduledCallback):
@@ -46,7 +47,8 @@ class DirectionAwareShrink(ScheduledCallback):
     returns and the data of the Trainer's own loader, in their order instead of shuffled; augmentation stays, where the
     authors have none. The running average forgets quickly: with :math:`a = 0.3` the last twenty batches are nearly all
     of it, and the pass begins only where batches count for more than rounding. So where data lie by class or by age,
-    give ``data`` that do not. On several ranks each passes over its share, and the averages are averaged.
+    give ``data`` that do not. On several ranks each passes over its share, and the averages are averaged; where ranks
+    share parameters out, all need the same number of batches.
 
     The authors keep the optimizer's state.
 
@@ -80,6 +82,8 @@ class DirectionAwareShrink(ScheduledCallback):
         Shin et al., "DASH: warm-starting neural network training in stationary settings without loss of plasticity",
         NeurIPS 2024; arXiv 2410.23495.
     """
+
+    works_on_parts = True
 
     def __init__(
         self,
@@ -141,16 +145,22 @@ class DirectionAwareShrink(ScheduledCallback):
         parameters = [parameter for parameter in self._parameters if id(parameter) in due]
         loss = self._loss()  # first: what cannot tell its loss is refused whatever the data
         gradients, batches = average_gradients(self.model, parameters, self._data(), loss, self.averaging)
-        *gradients, total = sum_over_ranks([*gradients, torch.tensor(float(batches), device=parameters[0].device)])
+        # Those of parameters that are shared out are of all ranks' batches already.
+        apart = [i for i, parameter in enumerate(parameters) if not is_shared_out(parameter)]
+        count = torch.tensor(float(batches), device=parameters[0].device)
+        *sums, total = sum_over_ranks([*[gradients[i] for i in apart], count])
+        for i, of_all in zip(apart, sums, strict=True):
+            gradients[i] = of_all
         if not total:
             self.leave_alone(self.module or type(self.model).__name__, "the gradients of all batches")
             return
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            weight, direction = parameter.detach(), -gradient
+            weight, direction = whole(parameter.detach()), -whole(shared_out_as(parameter, gradient))
             if parameter in self._inputs_first:
                 weight, direction = weight.T, direction.T
             shrunk = weight * shrink_factors(weight, direction, self.least)
-            self.editor.write([parameter], [shrunk.T if parameter in self._inputs_first else shrunk])
+            shrunk = shrunk.T if parameter in self._inputs_first else shrunk
+            self.editor.write([parameter], [part_of(parameter).take(shrunk)])
 
     def _data(self) -> Iterable[Any]:
         if self._trainer is None:

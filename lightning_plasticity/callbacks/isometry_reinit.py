@@ -14,6 +14,7 @@ from lightning_plasticity.functional.isometry_reinit import nearest_isometry
 from lightning_plasticity.layers.matrices import FUSED, Matrices
 from lightning_plasticity.layers.weights import LayerPatterns, find_weights, weights_in_words
 from lightning_plasticity.names import submodule
+from lightning_plasticity.shards import part_of, whole
 
 
 class IsometryReinit(ScheduledCallback):
@@ -61,6 +62,8 @@ class IsometryReinit(ScheduledCallback):
     Reference:
         Han, Park, Oh, Kim, Lee, Kim, ICLR 2026; arXiv 2602.08040.
     """
+
+    works_on_parts = True
 
     def __init__(
         self,
@@ -114,7 +117,8 @@ class IsometryReinit(ScheduledCallback):
         due = self._due()
         for name, weight in self._weights.items():  # one by one: no second copy of the model is needed
             if id(weight) in due:
-                self.editor.write([weight], [self._isometry(self._matrices[name], weight)])
+                isometry = self._isometry(self._matrices[name], whole(weight))
+                self.editor.write([weight], [part_of(weight).take(isometry)])
 
     def _isometry(self, matrices: Matrices, weight: Tensor) -> Tensor:
         old = matrices.split(weight)

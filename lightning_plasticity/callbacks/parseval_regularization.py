@@ -17,6 +17,7 @@ from lightning_plasticity.layers.flow import flow_in
 from lightning_plasticity.layers.trained import LayerWeights
 from lightning_plasticity.layers.weights import LayerPatterns, has_inputs_first, weights_in_words
 from lightning_plasticity.names import submodule
+from lightning_plasticity.shards import part_of, shared_out_as, whole
 from lightning_plasticity.units.calls import ForwardCall
 
 
@@ -69,6 +70,8 @@ class ParsevalRegularization(PlasticityCallback):
         Chung et al., NeurIPS 2024, arXiv 2412.07224; Rosseau, Müller, Nowé, ICML 2026, arXiv 2606.09762 (AdamO).
     """
 
+    works_on_parts = True
+
     def __init__(
         self,
         coefficient: float = 1e-3,
@@ -90,13 +93,12 @@ class ParsevalRegularization(PlasticityCallback):
         self.last_layer = last_layer
         self.patterns = LayerPatterns(checks.words("include", include), checks.words("exclude", exclude))
         self._strengths: dict[Tensor, float] = {}  # of each weight: what the learning rate is multiplied by
-        self._last: set[Tensor] = set()  # the parameters of the layers that the outputs come from
+        self._last: set[str] = set()  # the layers that the outputs come from
 
     @override
     def hear_of(self, part: Part, call: ForwardCall | None) -> None:
         reaching = frozenset().union(*part.found.outputs)
-        last = (submodule(self.model, layer.name) for layer in part.found.layers if layer.name in reaching)
-        self._last.update(parameter for layer in last for parameter in layer.parameters())
+        self._last.update(layer.name for layer in part.found.layers if layer.name in reaching)
 
     @override
     def forget_parts(self) -> None:
@@ -113,8 +115,9 @@ class ParsevalRegularization(PlasticityCallback):
                 "ParsevalRegularization needs the optimizer, whose learning rate it follows. "
                 "Give it to attach(model, optimizer)."
             )
+        last = {parameter for name in self._last for parameter in submodule(self.model, name).parameters()}
         self._weights = LayerWeights(
-            type(self).__name__, self.model, self.module or "", self.patterns, self.optimizers, self._last
+            type(self).__name__, self.model, self.module or "", self.patterns, self.optimizers, last
         )
         self._strengths = {weight: self._strength(weight, name) for weight, name in self._weights.names.items()}
 
@@ -130,9 +133,8 @@ class ParsevalRegularization(PlasticityCallback):
     @override
     def _after_step(self, optimizer: Optimizer | None) -> None:
         for rate, weights in self._weights.trained_by(optimizer):
-            values = self.editor.precise(weights)
-            rates = [rate * self._strengths[weight] for weight in weights]
-            self.editor.add(weights, [self._update(*pair) for pair in zip(values, rates, strict=True)])
+            pairs = zip(weights, self.editor.precise(weights), strict=True)
+            self.editor.add(weights, [self._update(*pair, rate) for pair in pairs])
 
     def _strength(self, weight: Tensor, name: str) -> float:
         if self.reference_width is None:
@@ -140,5 +142,8 @@ class ParsevalRegularization(PlasticityCallback):
         outputs = weight.shape[1 if has_inputs_first(self.model, name) else 0]
         return self.coefficient * (self.reference_width / outputs) ** 2
 
-    def _update(self, weight: Tensor, rate: Tensor | float) -> Tensor:
-        return parseval_update(weight.flatten(1), rate, self.target).view(weight.shape)
+    def _update(self, weight: Tensor, value: Tensor, rate: Tensor | float) -> Tensor:
+        """What to add to the part of a weight that is here, whose value this is."""
+        matrix = whole(shared_out_as(weight, value)).flatten(1)
+        update = parseval_update(matrix, rate * self._strengths[weight], self.target)
+        return part_of(weight).take(update.view(weight.shape))

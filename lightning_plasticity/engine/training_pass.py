@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,8 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
-from lightning_plasticity.distributed import world_size
+from lightning_plasticity.distributed import all_ranks_have, any_rank_has, world_size
+from lightning_plasticity.shards import gradient, is_shared_out, local, shard_again, sharded_modules
 from lightning_plasticity.units.examining import undisturbed
 
 Loss = Callable[[nn.Module, Any], Tensor | None]  # of the model, and a batch as the data give it; None passes over it
@@ -29,39 +31,89 @@ def average_gradients(
     r"""A running average of the gradients of batches, :math:`G \leftarrow (1 - a) G + a \nabla L`, in training mode.
 
     The model, its statistics, gradients and random numbers are as they were at the end, and hooks of methods hear
-    nothing. A batch whose gradients are not finite does not count.
+    nothing. A batch whose gradients are not finite does not count. Where ranks share parameters out, gradients are
+    those of all of their batches together, and all ranks must have as many.
 
     Returns:
-        The average for each parameter, in float32 at least, and how many batches it is of.
+        The average for each parameter, of the part on this rank, in float32 at least, and how many batches it is of.
     """
-    averages = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+    averages = [torch.zeros_like(local(p), dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
     batches, trained = 0, list(model.parameters())
+    device = averages[0].device
+    are_shared_out = any(map(is_shared_out, trained))
+
+    def any_has(flag: bool) -> bool:
+        return any_rank_has(flag, device) if are_shared_out else flag
+
     before = [parameter.grad for parameter in trained]
     with (
         undisturbed(model),
         _attributes_put_back(model),
+        _hooks_at_rest(trained),
         torch.compiler.set_stance("force_eager"),  # code would be compiled once more, for this alone
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
         try:
             model.train()
-            for batch in data:
+            for batch in _in_step(data, device) if are_shared_out else data:
                 for parameter in trained:
                     parameter.grad = None
                 value = loss(model, batch)
-                if value is None:
+                if any_has(value is None):
                     continue
-                # Not by `backward`, which others listen to: DDP would send, fused optimizers would step.
-                gradients = torch.autograd.grad(_checked(value), parameters, allow_unused=True, materialize_grads=True)
-                if all(bool(gradient.isfinite().all()) for gradient in gradients):
+                gradients = _gradients(_checked(value), parameters, are_shared_out)
+                if not any_has(not all(bool(new.isfinite().all()) for new in gradients)):
                     batches += 1
                     for average, new in zip(averages, gradients, strict=True):
                         average.lerp_(new.to(average.dtype), weight)
         finally:
             for parameter, kept in zip(trained, before, strict=True):
                 parameter.grad = kept
+            shard_again(sharded_modules(model))
     return averages, batches
+
+
+def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter], are_shared_out: bool) -> Sequence[Tensor]:
+    """Of the parts of parameters that are on this rank."""
+    if not are_shared_out:
+        # Not by `backward`, which others listen to: DDP would send, fused optimizers would step.
+        return torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    # FSDP2 adds up by it; what the loss depends on are not the parameters themselves.
+    loss.backward()  # type: ignore[no-untyped-call]
+    found = [gradient(parameter) for parameter in parameters]
+    pairs = zip(parameters, found, strict=True)
+    return [torch.zeros_like(local(p)) if new is None else local(new) for p, new in pairs]
+
+
+def _in_step(data: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """Batches, of which all ranks must have as many."""
+    batches, end = iter(data), object()
+    for number in itertools.count():
+        batch = next(batches, end)
+        if not all_ranks_have(batch is end, device):
+            raise RuntimeError(
+                "Where parameters are shared out among ranks, all must pass over the same number of batches, but "
+                f"after {number} batches some ranks have another one and others have not. Give all as many, as "
+                "DistributedSampler does."
+            )
+        if batch is end:
+            return
+        yield batch
+
+
+@contextmanager
+def _hooks_at_rest(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Lets nobody hear of gradients: an optimizer may step when there are some."""
+    hooks = [h for p in parameters if (h := getattr(p, "_post_accumulate_grad_hooks", None))]
+    kept = [dict(of_parameter) for of_parameter in hooks]
+    for of_parameter in hooks:
+        of_parameter.clear()
+    try:
+        yield
+    finally:
+        for of_parameter, before in zip(hooks, kept, strict=True):
+            of_parameter.update(before)
 
 
 def _checked(loss: object) -> Tensor:

@@ -24,10 +24,13 @@ from contract.training import Network, assert_same, every_case, seeded
 from lightning_plasticity import (
     ActivationReset,
     ContinualBackprop,
+    DirectionAwareShrink,
     HareAndTortoise,
+    IsometryReinit,
     L2Init,
     LayerReset,
     OptimizerReset,
+    ParsevalRegularization,
     PartialReset,
     ReDo,
     SelectiveReinit,
@@ -44,6 +47,12 @@ from lightning_plasticity.layers.rescaling import change_of_outputs, plan
 from lightning_plasticity.shards import local, whole
 
 STEPS = 60
+
+
+def mean_loss(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    return torch.stack([cross_entropy(model(x), y) for x, y in batches]).mean()
+
+
 METHODS: dict[str, partial[PlasticityCallback]] = {
     "ContinualBackprop": partial(ContinualBackprop, 0.02, 5, seed=1),
     "ContinualBackprop, adaptable": partial(ContinualBackprop, 0.02, 5, utility="adaptation", init="quantiles", seed=1),
@@ -62,6 +71,11 @@ METHODS: dict[str, partial[PlasticityCallback]] = {
     "L2Init, sorted": partial(L2Init, 0.3, match="sorted", every_n_train_steps=2),
     "HareAndTortoise": partial(HareAndTortoise, 0.8, every_n_train_steps=10),
     "ShrinkAndPerturb, from the start": partial(ShrinkAndPerturb, 0.8, 0.2, init="start", every_n_train_steps=10),
+    "IsometryReinit": partial(IsometryReinit, every_n_train_steps=10),
+    "IsometryReinit, exact": partial(IsometryReinit, exact=True, every_n_train_steps=10),
+    "ParsevalRegularization": partial(ParsevalRegularization, 0.1),
+    # Without the layer before batch norm, the gradient of whose bias is rounding and points anywhere.
+    "DirectionAwareShrink": partial(DirectionAwareShrink, data=(), loss=mean_loss, exclude="0", every_n_train_steps=10),
     "OptimizerReset": partial(OptimizerReset, every_n_train_steps=10),
     "SelectiveReinit": partial(SelectiveReinit, 0.2, "mean_noise", every_n_train_steps=10, seed=1),
     "SelectiveReinit by chance": partial(SelectiveReinit, 0.2, "normal", std=0.1, utility="random", seed=1),
@@ -91,6 +105,8 @@ def course(method: PlasticityCallback, model: nn.Module, parts: list[int], examp
     # A bias before batch norm has gradients of 0 but for rounding, which without eps Adam would make as large as any.
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, eps=1e-6)
     before = copies(model)
+    if isinstance(method, DirectionAwareShrink):
+        method.data = [[batch(1000 + i, part) for part in parts] for i in range(3)]
     method.attach(model, optimizer, examples)
     chosen: list[Any] = []
     acted = any_differs(before, model)
