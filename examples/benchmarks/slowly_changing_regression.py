@@ -200,14 +200,18 @@ def measure(learner: nn.Sequential, inputs: Tensor) -> dict[str, float]:
 
 EXPLANATION = """Written by `slowly_changing_regression.py`. {examples:,} examples, batch 1, SGD with step size 0.01,
 Adam with the step sizes that its arms name; `ContinualBackprop` with rate 1e-4, maturity threshold 100 and adaptable
-contribution. Adam 0.001 was added after short trials on these seeds in which `ContinualBackprop` was behind plain Adam
-0.01, and its rows of `ContinualBackprop` were made with cleared moments, those with Adam 0.01 with the default,
-`optimizer_state="survivors"`. The error is the mean squared error on the examples, each before it was learned from; ±
-is the standard deviation over seeds, each with a target and a stream of its own, so that the change within
-runs tells more than the spread between them.
+contribution, and `optimizer_state="survivors"`, the default, where the arm names no other. Adam 0.001 was added after
+short trials on these seeds in which `ContinualBackprop`, with cleared moments, was behind plain Adam 0.01. The error is
+the mean squared error on the examples, each before it was learned from; ± is the standard deviation over seeds, each
+with a target and a stream of its own, so that the change within runs tells more than the spread between them.
 Dead units, effective rank (of {hidden} hidden units, on the {probe:,} examples before a row was written)
 and the mean size of the weights are means over the last {ends:,} examples. Published (100 seeds): the error of plain
 SGD and Adam rises, that of Continual Backprop stays."""
+
+BEGINNING = 6  # rows: of all that was run, for what Adam remembers of new units
+ABOUT_MEMORY = """## What Adam remembers of new units
+
+The error over the first {examples:,} examples, of all arms that have come so far."""
 
 
 def report(results: Curves, examples: int) -> str:
@@ -229,7 +233,19 @@ def report(results: Curves, examples: int) -> str:
             cells.append(mean_and_std(scale * at_the_end, 1 if scale == 100 else 2))
         lines.append(f"| {' | '.join(cells)} |")
     explanation = EXPLANATION.format(examples=examples, hidden=HIDDEN, probe=FLIP_EVERY, ends=ends)
-    return f"# Slowly-changing regression\n\n{explanation}\n\n" + "\n".join(lines) + "\n"
+    whole = f"# Slowly-changing regression\n\n{explanation}\n\n" + "\n".join(lines) + "\n"
+    return whole + report_of_memory(results)
+
+
+def report_of_memory(results: Curves) -> str:
+    times = row_times(BEGINNING * BLOCK)
+    lines = ["| arm | seeds | error |", "|---|---:|---:|"]
+    for arm in (arm for arm in ARMS if arm.startswith("Adam") and results.seeds(arm, last=times[-1])):
+        error = results.of(arm, times=times, measure="squared_error").mean(1)
+        lines.append(f"| {arm} | {len(error)} | {mean_and_std(error, 3)} |")
+    if not lines[2:]:
+        return ""
+    return f"\n{ABOUT_MEMORY.format(examples=times[-1])}\n\n" + "\n".join(lines) + "\n"
 
 
 def draw(results: Curves, examples: int, picture: Path) -> None:

@@ -13,6 +13,8 @@ FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
     [
         ("permuted_mnist", lambda study, rows: study.report(study.Curves(rows, study.KEY), 100)),
         ("slowly_changing_regression", lambda study, rows: study.report(study.Curves(rows, study.KEY), 1_000_000)),
+        ("adam_permuted_mnist", lambda study, rows: study.report(study.Curves(rows, study.KEY), 30)),
+        ("dqn_catch", lambda study, rows: study.report(study.Curves(rows, study.KEY), 6)),
         ("warm_start", lambda study, rows: study.report(study.Results(rows))),
     ],
 )
