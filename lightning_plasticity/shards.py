@@ -184,6 +184,19 @@ class Part:
             values = values if places is None else values.index_select(dim, places.to(values.device))
         return values
 
+    def widen(self, values: Tensor, *dims: int) -> Tensor:
+        """From values over the part to values over the whole of some dimensions: 0 where others have them.
+
+        What :meth:`take` takes again.
+        """
+        for dim in dims:
+            places = self.places(dim)
+            if places is not None:
+                shape = [*values.shape]
+                shape[dim] = self.shape[dim]
+                values = values.new_zeros(shape).index_copy(dim, places, values)
+        return values
+
     def spread(self, values: Tensor, dim: int) -> Tensor:
         """From one value for each place of the part in a dimension to one for each index of the whole: 0 elsewhere."""
         places = self.places(dim)

@@ -79,6 +79,8 @@ def looked_at(parameter: Tensor) -> dict[str, Any]:
         "held": [held_of(values, parameter).clone() for values in (everything, parameter.detach())],
         "numbers": part.take(numbers),
         "counts": part.take(torch.ones_like(numbers)).sum() * part.shards / RANKS,
+        "widened": part.take(part.widen(part.local.detach(), *range(parameter.ndim))),
+        "wide": part.widen(part.local.detach(), *range(parameter.ndim)),
         "spread": [part.spread(torch.ones(size), dim) for dim, size in enumerate(part.local.shape)],
         "found": [(a, torch.arange(part.shape[d]).flip(0)[b]) for d, (a, b) in enumerate(found)],
         "sum": sum_over_shards([local(parameter).detach().double().sum()], [parameter])[0],
@@ -146,6 +148,10 @@ def test_parts_are_what_the_ranks_hold(ranks: list[dict[str, Any]]) -> None:
                 if name in expected and way != "columns":
                     assert torch.equal(part["whole"], expected[name]), (way, name)
                 assert torch.equal(part["local"], part["taken"]), (way, name)
+                assert torch.equal(part["local"], part["widened"]), (way, name)
+                elsewhere = part["wide"] != part["whole"]
+                assert not part["wide"][elsewhere].any(), "nothing where others have it"
+                assert (~elsewhere).sum() >= part["local"].numel()
                 assert torch.equal(part["together"], part["whole"] * 2), (way, name)
                 assert all(torch.equal(part["local"], held) for held in part["held"]), (way, name)
                 torch.testing.assert_close(part["sum"], part["whole"].double().sum(), rtol=1e-12, atol=1e-12)

@@ -14,9 +14,18 @@ from lightning_plasticity import checks
 from lightning_plasticity.editing.editable import check_editable
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.engine.base import PlasticityCallback
-from lightning_plasticity.functional.spectral_regularization import power_iteration, spectral_step, vector_step
+from lightning_plasticity.functional.spectral_regularization import (
+    length_and_direction,
+    outer,
+    spectral_step,
+    squared_length,
+    times_columns,
+    times_rows,
+    vector_step,
+)
 from lightning_plasticity.layers.trained import LayerWeights
 from lightning_plasticity.layers.weights import LayerPatterns, find_bias, find_norm_parameters, weights_in_words
+from lightning_plasticity.shards import Part, part_of, sum_over_shards
 
 
 class SpectralRegularization(PlasticityCallback):
@@ -61,6 +70,8 @@ class SpectralRegularization(PlasticityCallback):
     Reference:
         Lewandowski et al., ICLR 2025; arXiv 2406.06811.
     """
+
+    works_on_parts = True
 
     def __init__(
         self,
@@ -118,18 +129,40 @@ class SpectralRegularization(PlasticityCallback):
     @override
     def _after_step(self, optimizer: Optimizer | None) -> None:
         assert optimizer is not None, "_start refuses a loop without optimizers"
+        trained: list[Tensor] = []
+        rates: list[Tensor | float] = []
         for group in optimizer.param_groups:
-            rate = group["lr"] * self.coefficient
-            trained = [p for p in group["params"] if p.requires_grad and (p in self._left or p in self._targets)]
-            values = self.editor.precise(trained)
-            self.editor.add(trained, [self._step(*pair, rate) for pair in zip(trained, values, strict=True)])
+            own = [p for p in group["params"] if p.requires_grad and (p in self._left or p in self._targets)]
+            trained += own
+            rates += [group["lr"] * self.coefficient] * len(own)
+        pairs = zip(trained, self.editor.precise(trained), strict=True)
+        values = [value - self._targets[p] if p in self._targets else value for p, value in pairs]
+        self.editor.add(trained, self._steps(trained, values, rates))
 
-    def _step(self, parameter: Tensor, value: Tensor, rate: Tensor | float) -> Tensor:
-        if parameter in self._targets:
-            return vector_step(value - self._targets[parameter], rate, self.power)
-        sigma, left, right = power_iteration(value.flatten(1), self._left[parameter])
-        self._left[parameter] = left
-        return (torch.outer(left, right) * spectral_step(sigma, rate, self.power)).view(value.shape)
+    def _steps(
+        self, trained: Sequence[Tensor], values: Sequence[Tensor], rates: Sequence[Tensor | float]
+    ) -> list[Tensor]:
+        """What to add to the parts that are here. Where parameters are shared out, two messages go to all ranks."""
+        parts = [Part(value, part_of(p).layout) for p, value in zip(trained, values, strict=True)]
+        matrices = [i for i, parameter in enumerate(trained) if parameter in self._left]
+        sums = sum_over_shards(
+            [
+                times_columns(part, self._left[p]) if p in self._left else squared_length(part.local)
+                for p, part in zip(trained, parts, strict=True)
+            ],
+            trained,
+        )
+        rights = {i: length_and_direction(sums[i])[1] for i in matrices}
+        products = sum_over_shards([times_rows(parts[i], rights[i]) for i in matrices], [trained[i] for i in matrices])
+        steps: dict[int, Tensor] = {}
+        for i, product in zip(matrices, products, strict=True):
+            sigma, left = length_and_direction(product, self._left[trained[i]])
+            self._left[trained[i]] = left
+            steps[i] = outer(parts[i], left, rights[i]) * spectral_step(sigma, rates[i], self.power)
+        return [
+            steps[i] if i in steps else vector_step(part.local, sums[i], rates[i], self.power)
+            for i, part in enumerate(parts)
+        ]
 
     @override
     def _state(self) -> dict[str, Any]:

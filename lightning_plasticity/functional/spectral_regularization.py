@@ -1,31 +1,71 @@
-"""Spectral regularisation: draw the largest singular value of weight matrices towards 1."""
+r"""Spectral regularisation: draw the largest singular value of weight matrices towards 1.
+
+The largest singular value comes from power iteration, :math:`v = W^\top u / \|\cdot\|`, then
+:math:`u = W v / \|\cdot\|` and :math:`\sigma = \|W v\|`. Where matrices are shared out among ranks, these vectors are
+whole on each.
+"""
 
 import torch
 from torch import Tensor
 
+from lightning_plasticity.shards import Part
 
-def power_iteration(matrix: Tensor, left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r"""One step towards the largest singular value: :math:`v = W^\top u / \|\cdot\|`, then :math:`u = W v / \|\cdot\|`.
 
-    Where a product is 0 there is no direction to take, and ``left`` stays as it is.
+def times_columns(part: Part, left: Tensor) -> Tensor:
+    r"""What a part of a matrix adds to :math:`W^\top u`, which is the sum over all parts.
 
     Args:
-        matrix: :math:`W`.
-        left: :math:`u`, of length 1.
-
-    Returns:
-        The estimate :math:`\|W v\|` of the singular value, then :math:`u` and :math:`v`.
+        part: of :math:`W`; a kernel is flattened to one row for each output.
+        left: :math:`u`, whole.
 
     Example:
-        >>> power_iteration(torch.diag(torch.tensor([3.0, 1.0])), torch.tensor([1.0, 0.0]))
-        (tensor(3.), tensor([1., 0.]), tensor([1., 0.]))
+        >>> from lightning_plasticity.shards import part_of
+        >>> weight = torch.diag(torch.tensor([3.0, 1.0]))
+        >>> times_columns(part_of(weight), torch.tensor([1.0, 0.0]))
+        tensor([3., 0.])
     """
-    right = matrix.mT @ left
-    right = right / torch.linalg.vector_norm(right).clamp(min=torch.finfo(right.dtype).tiny)
-    product = matrix @ right
-    sigma = torch.linalg.vector_norm(product)
-    left = torch.where(sigma > 0, product / sigma.clamp(min=torch.finfo(product.dtype).tiny), left)
-    return sigma, left, right
+    product = part.local.flatten(1).mT @ part.take(left, 0)
+    return part.widen(product.view(1, *part.local.shape[1:]), *range(1, part.local.ndim)).flatten()
+
+
+def times_rows(part: Part, right: Tensor) -> Tensor:
+    r"""What a part of a matrix adds to :math:`W v`, which is the sum over all parts.
+
+    Example:
+        >>> from lightning_plasticity.shards import part_of
+        >>> weight = torch.diag(torch.tensor([3.0, 1.0]))
+        >>> times_rows(part_of(weight), torch.tensor([0.0, 1.0]))
+        tensor([0., 1.])
+    """
+    return part.widen(part.local.flatten(1) @ _columns_of(part, right), 0)
+
+
+def outer(part: Part, left: Tensor, right: Tensor) -> Tensor:
+    r"""The part of :math:`u v^\top`.
+
+    Example:
+        >>> from lightning_plasticity.shards import part_of
+        >>> outer(part_of(torch.zeros(1, 2)), torch.tensor([2.0]), torch.tensor([3.0, 4.0]))
+        tensor([[6., 8.]])
+    """
+    return torch.outer(part.take(left, 0), _columns_of(part, right)).view(part.local.shape)
+
+
+def _columns_of(part: Part, right: Tensor) -> Tensor:
+    """Of a vector with an entry for each column of the whole matrix, the entries of the part's columns."""
+    return part.take(right.view(1, *part.shape[1:]), *range(1, len(part.shape))).flatten()
+
+
+def length_and_direction(product: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The length of a vector, and the vector with length 1: where it is 0, as it was before, or 0.
+
+    Example:
+        >>> length_and_direction(torch.tensor([3.0, 4.0]))
+        (tensor(5.), tensor([0.6000, 0.8000]))
+    """
+    length = torch.linalg.vector_norm(product)
+    direction = product / length.clamp(min=torch.finfo(product.dtype).tiny)
+    return length, direction if before is None else torch.where(length > 0, direction, before)
 
 
 def spectral_step(sigma: Tensor, rate: Tensor | float, power: int = 2) -> Tensor:
@@ -46,18 +86,30 @@ def spectral_step(sigma: Tensor, rate: Tensor | float, power: int = 2) -> Tensor
     return torch.minimum(step.abs(), (1 - sigma).abs()) * (1 - sigma).sign()
 
 
-def vector_step(values: Tensor, rate: Tensor | float, power: int = 2) -> Tensor:
+def squared_length(values: Tensor) -> Tensor:
+    r"""What entries of a vector add to :math:`\|b\|^2`.
+
+    Example:
+        >>> squared_length(torch.tensor([3.0, 4.0]))
+        tensor(25.)
+    """
+    return values.to(torch.promote_types(values.dtype, torch.float32)).square().sum()
+
+
+def vector_step(values: Tensor, square: Tensor, rate: Tensor | float, power: int = 2) -> Tensor:
     r"""How far the penalty :math:`\|b\|^{2k}` moves a vector: :math:`-2 e k \|b\|^{2k-2} \, b`, and never past 0.
 
     Args:
-        values: :math:`b`.
+        values: :math:`b`, or some of its entries.
+        square: :math:`\|b\|^2`.
         rate: :math:`e`.
         power: :math:`k`.
 
     Example:
-        >>> vector_step(torch.tensor([3.0, 4.0]), 0.001), vector_step(torch.tensor([3.0, 4.0]), 1.0)
-        (tensor([-0.3000, -0.4000]), tensor([-3., -4.]))
+        >>> vector_step(torch.tensor([3.0, 4.0]), torch.tensor(25.0), 0.001)
+        tensor([-0.3000, -0.4000])
+        >>> vector_step(torch.tensor([3.0, 4.0]), torch.tensor(25.0), 1.0)
+        tensor([-3., -4.])
     """
-    wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    factor = (2 * rate * power * wide.square().sum() ** (power - 1)).clamp(max=1.0)
-    return (wide * -factor).to(values.dtype)
+    factor = (2 * rate * power * square ** (power - 1)).clamp(max=1.0)
+    return (values.to(square.dtype) * -factor).to(values.dtype)

@@ -25,6 +25,7 @@ from lightning_plasticity import (
     ReDo,
     SelectiveReinit,
     SoftWeightRescaling,
+    SpectralRegularization,
 )
 from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.kernels import use_kernels
@@ -37,6 +38,7 @@ METHODS: dict[str, Callable[[Any], PlasticityCallback]] = {
     "ReDo": lambda units: ReDo(units=units),
     "PartialReset": lambda units: PartialReset(units=units),
     "SoftWeightRescaling": lambda units: SoftWeightRescaling(),
+    "SpectralRegularization": lambda units: SpectralRegularization(),
     "SelectiveReinit, acting": lambda units: SelectiveReinit(0.1, every_n_train_steps=3),
 }
 # In an ordinary step: how many messages, and of what size in bytes.
@@ -46,7 +48,15 @@ ORDINARY: dict[str, tuple[int, Callable[[Any], int]]] = {
     "ReDo": (0, lambda method: 0),
     "PartialReset": (1, lambda method: 4 * method._population.columns),
     "SoftWeightRescaling": (1, lambda method: 8 * len(method._weights)),
+    # Two vectors for each matrix, and a number for each bias and norm.
+    "SpectralRegularization": (2, lambda method: 4 * (_rows_and_columns(method) + len(method._targets))),
 }
+
+
+def _rows_and_columns(method: Any) -> int:
+    return sum(len(weight) + weight.numel() // len(weight) for weight in method._left)
+
+
 _OF_FSDP = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_gather_single", "reduce_scatter_single")
 
 

@@ -37,6 +37,7 @@ from lightning_plasticity import (
     SelfNormalizedReset,
     ShrinkAndPerturb,
     SoftWeightRescaling,
+    SpectralRegularization,
     WeightClipping,
 )
 from lightning_plasticity.engine.base import PlasticityCallback
@@ -76,6 +77,7 @@ METHODS: dict[str, partial[PlasticityCallback]] = {
     "ParsevalRegularization": partial(ParsevalRegularization, 0.1),
     # Without the layer before batch norm, the gradient of whose bias is rounding and points anywhere.
     "DirectionAwareShrink": partial(DirectionAwareShrink, data=(), loss=mean_loss, exclude="0", every_n_train_steps=10),
+    "SpectralRegularization": partial(SpectralRegularization, 0.1, seed=1),
     "OptimizerReset": partial(OptimizerReset, every_n_train_steps=10),
     "SelectiveReinit": partial(SelectiveReinit, 0.2, "mean_noise", every_n_train_steps=10, seed=1),
     "SelectiveReinit by chance": partial(SelectiveReinit, 0.2, "normal", std=0.1, utility="random", seed=1),
