@@ -83,18 +83,19 @@ class PartialReset(UnitCallback):
         self.decay_rate = checks.number("decay_rate", decay_rate, least=0, below=1)
         self.sharpness = checks.number("sharpness", sharpness, least=0)
         self.init = check_init(init)
-        self._utilities: list[Tensor] = []  # of the units of each set
+        self._utilities = torch.zeros(0)  # of units
 
     @override
     def _reset(self) -> None:
         self._initial = InitialDistribution(self.model, (), self.init)
-        self._utilities = []
+        self._utilities = torch.zeros(0)
         self._population.activations.listening = False
 
     @override
     def _add_sets(self, sets: Sequence[UnitSet]) -> None:
         self._initial.add(weights_of_producers(sets))
-        self._utilities += [self._population.zeros(unit_set.units.size) + 1 for unit_set in sets]
+        more = [self._population.zeros(unit_set.units.size) + 1 for unit_set in sets]
+        self._utilities = torch.cat([self._utilities.to(more[0]), *more])
         self._population.activations.listening = False
 
     @override
@@ -103,10 +104,16 @@ class PartialReset(UnitCallback):
 
     @override
     def _take_gradients(self, sets: Sequence[int]) -> None:
-        for i, sizes in self._population.gradient_sizes(sets).items():
-            # A layer with gradients that are not finite tells nothing: scores are relative to all of it.
-            scores = torch.where(sizes.isfinite().all(), gradient_scores(sizes), self._utilities[i])
-            self._utilities[i].lerp_(scores, 1 - self.decay_rate)
+        seen, sizes = self._population.gradient_sizes(sets)
+        if not seen:
+            return
+        places, _ = self._population.places(seen)
+        mean, utilities = self._population.mean_of_sets(sizes, seen), self._utilities[places]
+        # A layer with gradients that are not finite tells nothing: scores are relative to all of it.
+        scores = torch.where(mean * 0 == 0, gradient_scores(sizes, mean), utilities)
+        utilities.lerp_(scores, 1 - self.decay_rate)
+        if not isinstance(places, slice):
+            self._utilities[places] = utilities
 
     @override
     def _measure(self, sets: Sequence[int]) -> None:
@@ -114,14 +121,15 @@ class PartialReset(UnitCallback):
 
     @override
     def _act(self, due: Mapping[int, bool]) -> None:
-        shares = {i: reset_shares(self._utilities[i], self.strength, self.sharpness) for i in due}
+        spans = {i: self._population.sets[i].span for i in due}
+        shares = {i: reset_shares(self._utilities[span], self.strength, self.sharpness) for i, span in spans.items()}
         for i, share in shares.items():
             for table in self._population.sets[i].producers:
                 self._mix(table, share)
         for i, share in shares.items():
             for reader in self._population.sets[i].readers:
                 self._shrink(reader, share)
-            self._utilities[i].fill_(1.0)
+            self._utilities[spans[i]] = 1.0
 
     def _mix(self, table: Table, shares: Tensor) -> None:
         """Mixes fresh values into these rows of a layer's weight."""
@@ -147,11 +155,11 @@ class PartialReset(UnitCallback):
 
     @override
     def _state_of_set(self, index: int) -> dict[str, Any]:
-        return {"utility": self._utilities[index].clone()}
+        return {"utility": self._utilities[self._population.sets[index].span].clone()}
 
     @override
     def _restore_set(self, index: int, state: dict[str, Any]) -> None:
-        self._utilities[index].copy_(state["utility"])
+        self._utilities[self._population.sets[index].span] = state["utility"].to(self._utilities)
 
     @override
     def _state_of_all(self) -> dict[str, Any]:

@@ -109,12 +109,16 @@ class ReDo(UnitCallback):
     def _reset(self) -> None:
         self._initial = InitialDistribution(self.model, (), self.init)
         self._sizes: dict[int, Tensor] = {}  # of the units of sets that are due in this step
-        self._gradients: dict[int, tuple[Tensor, int]] = {}  # of sets, added up, and over how many steps
+        self._gradients = self._population.zeros(0)  # of units, added up
+        self._gradient_steps: list[int] = []  # of each set, over how many steps
         self.replaced = 0
 
     @override
     def _add_sets(self, sets: Sequence[UnitSet]) -> None:
         self._initial.add(weights_of_producers(sets))
+        more = self._population.zeros(sum(unit_set.units.size for unit_set in sets))
+        self._gradients = torch.cat([self._gradients.to(more), more])
+        self._gradient_steps += [0] * len(sets)
         self._listen()
 
     def _listen(self) -> None:
@@ -138,13 +142,17 @@ class ReDo(UnitCallback):
         if self.score != "gradient":
             return
         deciding = [i for i in sets if self._decides(self._maturity.steps[i])]
-        for i, sizes in self._population.gradient_sizes(deciding).items():
-            total, steps = self._gradients.get(i, (torch.zeros_like(sizes), 0))
-            self._gradients[i] = total + sizes, steps + 1
+        seen, sizes = self._population.gradient_sizes(deciding)
+        if seen:
+            self._gradients[self._population.places(seen)[0]] += sizes
+            for i in seen:
+                self._gradient_steps[i] += 1
         for i in sets:
-            if self._is_due(i) and i in self._gradients:
-                total, steps = self._gradients.pop(i)
-                self._sizes[i] = total / steps
+            if self._is_due(i) and self._gradient_steps[i]:
+                total = self._gradients[self._population.sets[i].span]
+                self._sizes[i] = total / self._gradient_steps[i]
+                total.zero_()
+                self._gradient_steps[i] = 0
 
     @override
     def _measure(self, sets: Sequence[int]) -> None:
@@ -193,15 +201,14 @@ class ReDo(UnitCallback):
 
     @override
     def _state_of_set(self, index: int) -> dict[str, Any]:
-        total, steps = self._gradients.get(index, (None, 0))
-        return {} if total is None else {"gradient": total.clone(), "gradient_steps": steps}
+        steps = self._gradient_steps[index]
+        total = self._gradients[self._population.sets[index].span]
+        return {"gradient": total.clone(), "gradient_steps": steps} if steps else {}
 
     @override
     def _restore_set(self, index: int, state: dict[str, Any]) -> None:
-        self._gradients.pop(index, None)
-        if "gradient" in state:
-            total = state["gradient"].to(self._population.zeros(0), copy=True)
-            self._gradients[index] = total, state["gradient_steps"]
+        self._gradients[self._population.sets[index].span] = state.get("gradient", 0.0)
+        self._gradient_steps[index] = state.get("gradient_steps", 0)
         self._listen()
 
     @override

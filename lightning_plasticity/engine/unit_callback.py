@@ -16,9 +16,10 @@ from lightning_plasticity.distributed import gather_over_ranks, share_of_this_ra
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.engine.examination import Part
+from lightning_plasticity.engine.known_units import units_in
 from lightning_plasticity.engine.maturity import Ages, Maturity
 from lightning_plasticity.engine.old_state import by_name
-from lightning_plasticity.engine.population import Population, average_in, units_in
+from lightning_plasticity.engine.population import Population, average_in
 from lightning_plasticity.engine.unit_sets import UnitSet
 from lightning_plasticity.kernels import Tensors
 from lightning_plasticity.units.calls import ForwardCall

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -96,6 +97,19 @@ class UnitSet:
     readers: tuple[Reader, ...]
     span: slice
     weights: tuple[Tensor, ...]  # of producers and readers: what an edit writes to
+
+    @property
+    def weights_per_row(self) -> int:
+        """How many weights are in each of the main rows."""
+        main = self.producers[0].layer
+        return main.by_output(torch.empty(self.weights[0].shape, device="meta")).shape[1:].numel()
+
+    @cached_property
+    def rows_in_order(self) -> bool:
+        """Whether each main row makes a unit, in their order."""
+        main = self.producers[0]
+        every = torch.arange(main.layer.outputs, device=main.entries.device)
+        return torch.equal(main.entries, every.unsqueeze(1))
 
     @property
     def added_up(self) -> list[Table]:

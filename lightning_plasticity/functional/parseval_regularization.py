@@ -13,7 +13,7 @@ def parseval_update(matrix: Tensor, rate: Tensor | float, target: float = 2.0) -
     :math:`\|W W^\top\|_F \ge \sigma_{\max}^2`, up to which the new value grows with the old one.
 
     Args:
-        matrix: :math:`W`.
+        matrix: :math:`W`, or several of one shape.
         rate: :math:`e`.
         target: :math:`s`, the squared singular values to draw to.
 
@@ -24,7 +24,7 @@ def parseval_update(matrix: Tensor, rate: Tensor | float, target: float = 2.0) -
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     is_wide = wide.shape[1] > wide.shape[0]
     gram = wide @ wide.mT if is_wide else wide.mT @ wide
-    largest = torch.linalg.matrix_norm(gram).clamp(min=target)
-    held = torch.clamp(1 / (4 * (3 * largest - target)), max=rate)
-    gram.diagonal().sub_(target)
-    return ((gram @ wide if is_wide else wide @ gram) * (-4 * held)).to(matrix.dtype)
+    largest = torch.linalg.matrix_norm(gram, keepdim=True).clamp(min=target)
+    factor = torch.clamp(torch.reciprocal(target - 3 * largest), min=-4 * rate)
+    gram.diagonal(dim1=-2, dim2=-1).sub_(target)
+    return (factor * (gram @ wide if is_wide else wide @ gram)).to(matrix.dtype)

@@ -5,11 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_plasticity.layers.weights import LayerPatterns, find_weights
+
+
+def together(tensors: Sequence[Tensor], keys: Sequence[Any]) -> Iterator[tuple[list[int], Tensor]]:
+    """Groups tensors of one shape, type, device and key: on an accelerator as many operations as groups do for all.
+
+    Yields:
+        The places of the tensors of a group, and these in one tensor, as its first dimension.
+
+    Example:
+        >>> import torch
+        >>> tensors = [torch.zeros(2), torch.zeros(3), torch.ones(2)]
+        >>> [(places, values.shape) for places, values in together(tensors, ["a", "a", "a"])]
+        [([0, 2], torch.Size([2, 2])), ([1], torch.Size([1, 3]))]
+    """
+    groups: dict[Any, list[int]] = {}
+    for place, (tensor, key) in enumerate(zip(tensors, keys, strict=True)):
+        groups.setdefault((tensor.shape, tensor.dtype, tensor.device, key), []).append(place)
+    for places in groups.values():
+        one = tensors[places[0]]
+        yield places, one.unsqueeze(0) if len(places) == 1 else torch.stack([tensors[place] for place in places])
 
 
 class LayerWeights:

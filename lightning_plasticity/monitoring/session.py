@@ -14,7 +14,7 @@ from lightning_plasticity import checks
 from lightning_plasticity.distributed import sum_over_ranks
 from lightning_plasticity.engine.examination import Examination
 from lightning_plasticity.engine.forward import in_backward
-from lightning_plasticity.engine.population import units_in
+from lightning_plasticity.engine.known_units import units_in
 from lightning_plasticity.metrics.base import ReferencedMetric
 from lightning_plasticity.monitoring.features import FeatureReader, call_with, inputs_and_targets_of, inputs_of
 from lightning_plasticity.monitoring.measures import Measures

@@ -14,7 +14,7 @@ from lightning_plasticity.editing.initial import InitialDistribution
 from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.engine.examination import Part
 from lightning_plasticity.engine.forward import in_backward
-from lightning_plasticity.engine.population import units_in
+from lightning_plasticity.engine.known_units import units_in
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.examining import is_examining
 from lightning_plasticity.units.find import HiddenUnits
