@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from ranks import on_ranks
 from torch import Tensor, nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.functional import cross_entropy
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from contract.shared_out import NETS, batch, perceptron
 from contract.training import assert_same
-from lightning_plasticity import ContinualBackprop, PlasticityMonitor
+from lightning_plasticity import ContinualBackprop, HareAndTortoise, L2Init, PlasticityMonitor, ShrinkAndPerturb
 from lightning_plasticity.engine import unit_callback
 from lightning_plasticity.shards import whole
 
@@ -48,6 +49,7 @@ class Classifier(LightningModule):
     def __init__(self, parts: list[int]) -> None:
         super().__init__()
         self.parts = parts
+        self.validated: list[float] = []
         torch.manual_seed(0)
         self.net = perceptron().double()
 
@@ -62,7 +64,7 @@ class Classifier(LightningModule):
         return cross_entropy(self.net(examples[0]), examples[1])
 
     def validation_step(self, examples: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self.net(examples[0])
+        self.validated.append(self.net(examples[0]).sum().item())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=0.01, eps=1e-6)
@@ -86,27 +88,59 @@ class Saves(Callback):
             trainer.save_checkpoint(self.path)
 
 
+class SavesInValidation(Saves):
+    """Saves a checkpoint in the middle of the first epoch's validation."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Not then."""
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 0 and not trainer.sanity_checking:
+            trainer.save_checkpoint(self.path)
+
+
 def cbp() -> ContinualBackprop:
     return ContinualBackprop(0.05, 3, seed=1)
 
 
 def trained(parts: list[int], *callbacks: Callback, ckpt_path: Path | None = None, **options: Any) -> dict[str, Any]:
     method, monitor = cbp(), PlasticityMonitor(every_n_train_steps=4)
+    module = fitted(parts, method, monitor, *callbacks, ckpt_path=ckpt_path, **options)
+    state = {"method": method.state_dict(), "monitor": monitor.state_dict()["metrics"]}
+    return {"weights": weights_of(module), "state": state, "replaced": method.replaced, "measured": monitor.history}
+
+
+def trained_by_keepers(parts: list[int], *callbacks: Callback, **options: Any) -> dict[str, Any]:
+    """With methods that keep something of every weight; one of them validates with what it keeps."""
+    keepers = [
+        HareAndTortoise(0.8, every_n_epochs=1),
+        L2Init(0.3),
+        ShrinkAndPerturb(0.8, 0.2, init="start", every_n_epochs=1),
+    ]
+    module = fitted(parts, *keepers, *callbacks, **options)
+    return {"weights": weights_of(module), "validated": module.validated}
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(p).detach() for name, p in module.named_parameters()}
+
+
+def fitted(parts: list[int], *callbacks: Callback, ckpt_path: Path | None = None, **options: Any) -> Classifier:
     quiet = {
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    trainer = Trainer(accelerator="cpu", max_epochs=2, callbacks=[method, monitor, *callbacks], **quiet, **options)
+    trainer = Trainer(accelerator="cpu", max_epochs=2, callbacks=[*callbacks], **quiet, **options)
     module = Classifier(parts)
     trainer.fit(module, ckpt_path=ckpt_path)
-    weights = {name: whole(p).detach() for name, p in module.named_parameters()}
-    state = {"method": method.state_dict(), "monitor": monitor.state_dict()["metrics"]}
-    return {"weights": weights, "state": state, "replaced": method.replaced, "measured": monitor.history}
+    return module
 
 
-def on_ranks_of_a_trainer(rank: int, *callbacks: Callback, tensors: int = 1, **options: Any) -> dict[str, Any]:
+def on_ranks_of_a_trainer(
+    rank: int, *callbacks: Callback, tensors: int = 1, train: Callable[..., dict[str, Any]] = trained, **options: Any
+) -> dict[str, Any]:
     ranks = int(os.environ["WORLD_SIZE"])
     strategy = ModelParallelStrategy(
         data_parallel_size=ranks // tensors,
@@ -114,7 +148,7 @@ def on_ranks_of_a_trainer(rank: int, *callbacks: Callback, tensors: int = 1, **o
         save_distributed_checkpoint=options.pop("distributed", False),
     )
     options |= {"devices": ranks, "strategy": strategy, "use_distributed_sampler": False}
-    return trained([rank // tensors], *callbacks, **options)
+    return train([rank // tensors], *callbacks, **options)
 
 
 def on_each_of_two(rank: int, folder: Path) -> dict[str, Any]:
@@ -127,12 +161,24 @@ def on_each_of_two(rank: int, folder: Path) -> dict[str, Any]:
         "tensors": run(tensors=2),
         "fabric": fabric_run(rank),
     }
+    results |= {f"keepers, {name}": run_with_keepers for name, run_with_keepers in keepers_on_two(folder).items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(unit_callback, "_FEW", 1)  # as if these were more than few ranks
         return results | {
             "means": run(Saves(folder / "means.ckpt")),
             "resumed means": run(ckpt_path=folder / "means.ckpt"),
         }
+
+
+def keepers_on_two(folder: Path) -> dict[str, Any]:
+    """All ranks have the same data, so that batch norm's statistics are those of one device."""
+    run, results = partial(on_ranks_of_a_trainer, 0, train=trained_by_keepers), {}
+    ways: dict[str, dict[str, Any]] = {"full": {}, "distributed": {"distributed": True}, "tensors": {"tensors": 2}}
+    for name, way in ways.items():
+        saves = Saves(folder / f"keepers {name}"), SavesInValidation(folder / f"keepers {name}, in validation")
+        results[name] = run(*saves, **way)
+        results[f"resumed {name}"] = run(ckpt_path=folder / f"keepers {name}", **way)
+    return results
 
 
 def on_each_of_four(rank: int, folder: Path) -> dict[str, Any]:
@@ -235,6 +281,30 @@ def test_with_many_ranks_a_checkpoint_holds_the_means_alone(ranks: list[Any], fo
     for rank in ranks:
         assert_same_course(rank["means"], rank["full"])
         assert_same_course(rank["resumed means"], rank["full"])
+
+
+def saved_weights(path: Path) -> dict[str, Tensor]:
+    if path.is_dir():
+        dcp_to_torch_save(path, path / "full.ckpt")
+        path = path / "full.ckpt"
+    weights: dict[str, Tensor] = torch.load(path, weights_only=False)["state_dict"]
+    return weights
+
+
+def test_what_is_kept_of_every_weight_is_shared_out_and_saved(ranks: list[Any], folder: Path) -> None:
+    of_one = trained_by_keepers([0], devices=1)
+    for rank in ranks:
+        for name in ("full", "distributed", "tensors"):
+            got, resumed = rank[f"keepers, {name}"], rank[f"keepers, resumed {name}"]
+            assert_close(got["weights"], of_one["weights"])
+            assert got["validated"] == pytest.approx(of_one["validated"], rel=1e-9)
+            assert_same(resumed["weights"], got["weights"])
+            assert resumed["validated"][-STEPS:] == got["validated"][-STEPS:]
+    resumed = trained_by_keepers([0], devices=1, ckpt_path=folder / "keepers full")
+    assert_close(resumed["weights"], of_one["weights"])
+    for name in ("full", "distributed", "tensors"):  # in validation the model has the slow weights
+        path = folder / f"keepers {name}"
+        assert_same(saved_weights(Path(f"{path}, in validation")), saved_weights(path))
 
 
 def shapes_in(state: Any) -> list[tuple[int, ...]]:
