@@ -1,4 +1,4 @@
-"""FSDP2 beside activation checkpointing and compilers; and what is refused where networks are shared out."""
+"""FSDP2 beside activation checkpointing, compilers and half precision; sequence parallelism; and what is refused."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -10,13 +10,21 @@ from ranks import on_ranks
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.nn.functional import cross_entropy
 
 from contract.shared_out import FSDP_2, NETS, batch
-from lightning_plasticity import ActivationReset, ContinualBackprop, PlasticityMonitor
+from contract.training import assert_same
+from lightning_plasticity import ActivationReset, ContinualBackprop, PlasticityMonitor, SelectiveReinit
 from lightning_plasticity.functional.activation_reset import ActivationStrategy
 from lightning_plasticity.names import original
 from lightning_plasticity.shards import whole
@@ -24,6 +32,9 @@ from lightning_plasticity.shards import whole
 METHODS: dict[str, Callable[[], Any]] = {
     "ContinualBackprop": partial(ContinualBackprop, 0.05, 3, seed=1),
     "ActivationReset": partial(ActivationReset, ActivationStrategy(0.01, 0.01, -0.5, 0.5), maturity_threshold=3),
+    "SelectiveReinit": partial(
+        SelectiveReinit.as_published, relative_threshold=0.2, every_n_train_steps=3, decay_rate=0.5, seed=1
+    ),
 }
 
 
@@ -31,11 +42,11 @@ def plain() -> nn.Module:
     return NETS["ViT"].seeded()
 
 
-def shared(model: nn.Module) -> nn.Module:
+def shared(model: nn.Module, **options: Any) -> nn.Module:
     mesh = init_device_mesh("cpu", (FSDP_2.data,))
     for block in model.blocks:  # type: ignore[union-attr]
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
 
 
 def with_checkpoints() -> nn.Module:
@@ -55,20 +66,58 @@ def compiled() -> nn.Module:
     return torch.compile(shared(plain()), backend="aot_eager")  # type: ignore[return-value]
 
 
+class Tokens(nn.Module):
+    """A block of a transformer without attention, between an embedding and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm = nn.Linear(4, 8), nn.LayerNorm(8)
+        self.wide, self.narrow = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.last_norm, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x.view(-1, 4, 4))
+        x = x + self.narrow(torch.relu(self.wide(self.norm(x))))
+        return self.head(self.last_norm(x)).mean(1)
+
+
+def tokens() -> nn.Module:
+    torch.manual_seed(0)
+    return Tokens().double()
+
+
+def over_the_sequence() -> nn.Module:
+    """Between the layers that are split each rank has some of the tokens: norms have a term of their gradient each."""
+    whole, tokens_split = Replicate(), Shard(1)
+    plan = {
+        "embedding": PrepareModuleOutput(output_layouts=whole, desired_output_layouts=tokens_split),
+        "norm": SequenceParallel(),
+        "wide": ColwiseParallel(input_layouts=tokens_split),
+        "narrow": RowwiseParallel(output_layouts=tokens_split),
+        "last_norm": SequenceParallel(),
+        "head": PrepareModuleInput(input_layouts=tokens_split, desired_input_layouts=whole, use_local_output=True),
+    }
+    return parallelize_module(tokens(), init_device_mesh("cpu", (2,)), plan)
+
+
 FORMS: Mapping[str, Callable[[], nn.Module]] = {
     "checkpoints": with_checkpoints,
     "compiled blocks": with_compiled_blocks,
     "compiled": compiled,
+    "sequence": over_the_sequence,
 }
-
-CASES = [("checkpoints", "ActivationReset"), *((form, "ContinualBackprop") for form in FORMS)]
+CASES = [
+    ("checkpoints", "ActivationReset"),
+    ("sequence", "SelectiveReinit"),
+    *((form, "ContinualBackprop") for form in FORMS),
+]
 
 
 def course(make: Callable[[], Any], model: nn.Module, parts: list[int]) -> dict[str, Any]:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, eps=1e-6)
     method, monitor = make(), PlasticityMonitor(every_n_train_steps=5)
     for each in (method, monitor):
-        each.attach(model, optimizer)
+        each.attach(model, optimizer, (batch(0, 0)[0],))
     chosen = []
     for step in range(10):
         optimizer.zero_grad()
@@ -78,7 +127,8 @@ def course(make: Callable[[], Any], model: nn.Module, parts: list[int]) -> dict[
         optimizer.step()
         method.step()
         monitor.step()
-        chosen.append((method._ages.now() == 0).nonzero().squeeze(1).tolist())
+        is_selective = isinstance(method, SelectiveReinit)
+        chosen.append(method._renewed if is_selective else (method._ages.now() == 0).nonzero().squeeze(1).tolist())
     weights = {name: whole(p).detach() for name, p in original(model).named_parameters()}
     for each in (method, monitor):
         each.detach()
@@ -125,9 +175,28 @@ def on_each(rank: int) -> dict[str, Any]:
     courses = {}
     for form, name in CASES:
         counters.clear()
-        courses[form, name] = course(METHODS[name], FORMS[form](), [rank])
+        courses[form, name] = course(METHODS[name], FORMS[form](), [0 if form == "sequence" else rank])
         assert (counters["stats"]["unique_graphs"] > 0) == ("compiled" in form)
-    return {"courses": courses, "refusals": refusals(rank)}
+    return {"courses": courses, "refusals": refusals(rank), "half": in_half_precision(rank)}
+
+
+def in_half_precision(rank: int) -> dict[str, Any]:
+    """What is computed is in bfloat16, and parameters are in float32."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = shared(plain().float(), mp_policy=policy)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    methods = [make().attach(model, optimizer) for make in METHODS.values()]
+    monitor = PlasticityMonitor(every_n_train_steps=5).attach(model, optimizer)
+    for step in range(10):
+        x, y = batch(step, rank)
+        optimizer.zero_grad()
+        cross_entropy(model(x.float()).float(), y).backward()
+        optimizer.step()
+        for method in methods:
+            method.step()
+        numbers = monitor.step()
+    weights = {name: whole(p).detach() for name, p in model.named_parameters()}
+    return {"weights": weights, "numbers": numbers, "replaced": methods[0].replaced}
 
 
 @pytest.fixture(scope="module")
@@ -135,19 +204,25 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return on_ranks(2, on_each, tmp_path_factory.mktemp("ranks"), seconds=600)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_the_course_is_that_of_one_plain_device(ranks: list[Any], name: str) -> None:
-    alone = course(METHODS[name], plain(), [0, 1])
+@pytest.mark.parametrize(("form", "name"), CASES)
+def test_the_course_is_that_of_one_plain_device(ranks: list[Any], form: str, name: str) -> None:
+    alone = course(METHODS[name], *((tokens(), [0]) if form == "sequence" else (plain(), [0, 1])))
     assert any(alone["chosen"])
     for rank in ranks:
-        for form in [form for form, own_name in CASES if own_name == name]:
-            got = rank["courses"][form, name]
-            assert got["chosen"] == alone["chosen"], form
-            for parameter, wanted in alone["weights"].items():
-                assert (got["weights"][parameter] - wanted).abs().max() < 1e-9 * wanted.abs().max(), (form, parameter)
-            for measure, records in alone["measured"].items():
-                for (_, values), (_, others) in zip(got["measured"][measure], records, strict=True):
-                    assert values == pytest.approx(others, rel=1e-9, abs=1e-12), (form, measure)
+        got = rank["courses"][form, name]
+        assert got["chosen"] == alone["chosen"]
+        for parameter, wanted in alone["weights"].items():
+            assert (got["weights"][parameter] - wanted).abs().max() < 1e-9 * wanted.abs().max(), parameter
+        for measure, records in alone["measured"].items():
+            for (_, values), (_, others) in zip(got["measured"][measure], records, strict=True):
+                assert values == pytest.approx(others, rel=1e-9, abs=1e-12), measure
+
+
+def test_half_precision_is_computed_with_alike_on_all_ranks(ranks: list[Any]) -> None:
+    first, second = (rank["half"] for rank in ranks)
+    assert first["replaced"] > 3
+    assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in first["weights"].values())
+    assert_same(first, second)
 
 
 def test_pieces_that_do_not_say_which_are_refused(ranks: list[Any]) -> None:
