@@ -21,6 +21,8 @@ from contract.shared_out import FSDP_2, NETS, batch
 from lightning_plasticity import (
     ActivationReset,
     ContinualBackprop,
+    HareAndTortoise,
+    L2Init,
     PartialReset,
     ReDo,
     SelectiveReinit,
@@ -39,6 +41,8 @@ METHODS: dict[str, Callable[[Any], PlasticityCallback]] = {
     "PartialReset": lambda units: PartialReset(units=units),
     "SoftWeightRescaling": lambda units: SoftWeightRescaling(),
     "SpectralRegularization": lambda units: SpectralRegularization(),
+    "L2Init": lambda units: L2Init(),
+    "HareAndTortoise": lambda units: HareAndTortoise(every_n_train_steps=1),
     "SelectiveReinit, acting": lambda units: SelectiveReinit(0.1, every_n_train_steps=3),
 }
 # In an ordinary step: how many messages, and of what size in bytes.
@@ -48,6 +52,8 @@ ORDINARY: dict[str, tuple[int, Callable[[Any], int]]] = {
     "ReDo": (0, lambda method: 0),
     "PartialReset": (1, lambda method: 4 * method._population.columns),
     "SoftWeightRescaling": (1, lambda method: 8 * len(method._weights)),
+    "L2Init": (0, lambda method: 0),
+    "HareAndTortoise": (0, lambda method: 0),
     # Two vectors for each matrix, and a number for each bias and norm.
     "SpectralRegularization": (2, lambda method: 4 * (_rows_and_columns(method) + len(method._targets))),
 }
