@@ -38,7 +38,7 @@ def pairs(entries: int) -> dict[str, tuple[Callable[[], object], Callable[[], ob
     shape = np.array([[0, 0, 1, 1, len(weights[0]), columns, 1, 0]] * 4)
     sizes, out = torch.rand(columns), torch.zeros(columns)
     x, total, size = torch.randn(entries // 64, 64), torch.zeros(64), torch.zeros(64)
-    each = factors.unbind()
+    each, add = factors.unbind(), on_cpu.column_sums(-1, total, size)
     return {
         "clamp": (lambda: on_cpu.clamp(together, [9.0] * 4), lambda: [w.clamp_(-9.0, 9.0) for w in weights]),
         "norms": (lambda: on_cpu.norms(together, norms), lambda: torch._foreach_norm(weights)),
@@ -48,7 +48,7 @@ def pairs(entries: int) -> dict[str, tuple[Callable[[], object], Callable[[], ob
             lambda: [torch.sum(w.abs(), 0) for w in weights],
         ),
         "sums of activations": (
-            lambda: on_cpu.sum_columns(x, -1, total, size, 0),
+            lambda: add(x, 0),
             lambda: (x.sum(0), x.abs().sum(0)),
         ),
     }

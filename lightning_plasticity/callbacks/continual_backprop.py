@@ -15,7 +15,7 @@ from lightning_plasticity.editing.initial import Init, InitialDistribution, chec
 from lightning_plasticity.engine.maturity import whole_and_rest
 from lightning_plasticity.engine.unit_callback import UnitCallback
 from lightning_plasticity.engine.unit_sets import UnitSet, weights_of_producers
-from lightning_plasticity.functional.continual_backprop import UTILITIES, Utility, bias_corrected, least, per_incoming
+from lightning_plasticity.functional.continual_backprop import UTILITIES, Utility, bias_corrected, per_incoming, ranked
 from lightning_plasticity.units.find import HiddenUnits
 
 
@@ -162,13 +162,14 @@ class ContinualBackprop(UnitCallback):
     def _act(self, due: Mapping[int, int]) -> None:
         population, age = self._population, self._ages.now()
         utility, activation = self._means_over_ranks(due)
-        if self.utility != "random":
+        if self.utility == "random":
+            utility = utility.clone()
+            for i in due:
+                self._draw(utility[population.sets[i].span])
+        else:
             utility = bias_corrected(utility, age, self.decay_rate)
-        is_mature, chosen = age > self.maturity_threshold, {}
-        for i, count in due.items():
-            span = population.sets[i].span
-            ranking = self._draw(utility[span]) if self.utility == "random" else utility[span]
-            chosen[i] = least(ranking, is_mature[span], count)
+        ranking = ranked(utility, age > self.maturity_threshold)
+        chosen = {i: ranking[population.sets[i].span].argsort(stable=True)[:count] for i, count in due.items()}
         units, columns = population.columns_of(chosen)
         amounts = bias_corrected(activation[columns], age[units], self.decay_rate) if self.compensate_bias else None
         population.replace(chosen, self._initial, amounts)
@@ -179,9 +180,8 @@ class ContinualBackprop(UnitCallback):
             self._maturity.replaced(i, len(replaced))
             self.replaced += len(replaced)
 
-    def _draw(self, like: Tensor) -> Tensor:
-        generator = self.draws.generator(like.device)
-        return torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+    def _draw(self, out: Tensor) -> None:
+        torch.rand(out.shape, generator=self.draws.generator(out.device), out=out)
 
     @override
     def _state_of_set(self, index: int) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -75,14 +74,24 @@ class Activations:
         self._parts: list[tuple[Tensor, Tensor]] = []  # of totals and sizes, for each reader
         self._counts: dict[tuple[int, ...], Tensor] = {}
         self._inputs: dict[int, list[Tensor]] = {}
-        self._kernels: ModuleType | None = None
+        self._kernels: list[Callable[[Tensor, int], int] | None] = []  # what adds up for each reader
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_kernels": None}
+        return {**vars(self), "_kernels": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._kernels = kernels_on(self._sums.device.type)
+        self._find_kernels()
+
+    def _find_kernels(self) -> None:
+        """Kernels add up what readers are given whose entries are all inputs of a layer that nobody else reads."""
+        found = kernels_on(self._sums.device.type)
+        self._kernels = [
+            found.column_sums(reader.view.channel_dim, total, size if self._with_sizes else None)
+            if found is not None and reader.in_order and not self._with_inputs and total.numel()
+            else None
+            for reader, (total, size) in zip(self._readers, self._parts, strict=True)
+        ]
 
     def add(self, readers: Sequence[Reader], zeros: Callable[[int], Tensor]) -> None:
         """Makes room for more readers, which have the next numbers; ``zeros`` makes an array."""
@@ -92,27 +101,29 @@ class Activations:
         self._sums = torch.cat([self._sums.to(zeros(0)), torch.stack([zeros(more), zeros(more)])], 1)
         self._totals, self._sizes = self._sums
         self._parts = [(self._sums[0, reader.columns], self._sums[1, reader.columns]) for reader in self._readers]
-        self._counts, self._kernels = {}, kernels_on(self._sums.device.type)
+        self._counts = {}
+        self._find_kernels()
 
     def listen(self, layer: LayerView, readers: Sequence[Reader]) -> RemovableHandle:
         """Hears what a layer is given whenever it is called, for those who read it."""
-        channels, dim = layer.inputs, layer.channel_dim
+        channels, dim, scope = layer.inputs, layer.channel_dim, self._callback.scope
         is_split = is_shared_out(layer.weight)  # perhaps by tensor parallelism
 
         def hear(x: Tensor, is_lent: bool) -> None:
             """``is_lent``: of memory that compiled code writes to again."""
-            if not self.listening or not self._callback.scope_is_training or in_backward() or is_examining():
+            if not self.listening or not scope.training or in_backward() or is_examining():
                 return
             if is_split:
                 x = heard_by_all(x, dim)
                 check_channels(x.shape[dim], channels)
-            n, is_only = readers[0].number, len(readers) == 1 and readers[0].in_order and not self._with_inputs
-            if is_only and self._kernels is not None:
-                before, (totals, sizes) = self._rows[n], self._parts[n]
-                added = self._kernels.sum_columns(x, dim, totals, sizes if self._with_sizes else None, before)
+            n = readers[0].number
+            kernel = self._kernels[n] if len(readers) == 1 else None
+            if kernel is not None:
+                added = kernel(x, self._rows[n])
                 if added:
-                    self._rows[n] = before + added
+                    self._rows[n] += added
                     return
+            is_only = len(readers) == 1 and readers[0].in_order and not self._with_inputs
             x = x.detach()
             if x.ndim == -dim:
                 x = x.unsqueeze(0)  # without a batch

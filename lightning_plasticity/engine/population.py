@@ -163,7 +163,7 @@ class Population(KnownUnits):
             sizes = torch.linalg.vector_norm(rows, 1, 1, dtype=self.dtype)
         if self._are_shared_out:
             sizes = part.spread(sizes, 0) * self._share_of(tensor)
-        return sizes.unsqueeze(1) if unit_set.rows_in_order else sizes[main.entries]
+        return sizes.unsqueeze(1) if main.is_in_order and len(sizes) == len(main.entries) else sizes[main.entries]
 
     def _mean_sizes(self, sets: Sequence[int], sums: Sequence[Tensor]) -> Tensor:
         """From sums over the main rows of units to means, over all ranks."""

@@ -52,9 +52,15 @@ class Table:
         """The qualified name of the layer's weight."""
         return self.layer.weight_path(self.module)
 
+    @cached_property
+    def is_in_order(self) -> bool:
+        """Whether entry ``i`` is the only one of unit ``i``."""
+        every = torch.arange(len(self.entries), device=self.entries.device)
+        return torch.equal(self.entries, every.unsqueeze(1))
+
     def of_units(self, units: Tensor) -> Tensor:
         """The entries of some units, unit by unit."""
-        return self.entries[units].flatten()
+        return units if self.is_in_order else self.entries[units].flatten()
 
 
 @dataclass(frozen=True)
@@ -103,13 +109,6 @@ class UnitSet:
         """How many weights are in each of the main rows."""
         main = self.producers[0].layer
         return main.by_output(torch.empty(self.weights[0].shape, device="meta")).shape[1:].numel()
-
-    @cached_property
-    def rows_in_order(self) -> bool:
-        """Whether each main row makes a unit, in their order."""
-        main = self.producers[0]
-        every = torch.arange(main.layer.outputs, device=main.entries.device)
-        return torch.equal(main.entries, every.unsqueeze(1))
 
     @property
     def added_up(self) -> list[Table]:

@@ -36,6 +36,17 @@ def per_incoming(values: Tensor, incoming: Tensor) -> Tensor:
     return values / incoming.clamp(min=torch.finfo(incoming.dtype).eps)
 
 
+def ranked(values: Tensor, eligible: Tensor) -> Tensor:
+    """What sorts eligible places by their values, and the others after them.
+
+    Example:
+        >>> ranked(torch.tensor([0.1, torch.nan]), torch.tensor([False, True]))
+        tensor([       inf, 3.4028e+38])
+    """
+    # NaN sorts after infinity: a diverged unit is not to be taken before an eligible one, nor after an ineligible one
+    return values.nan_to_num(nan=torch.finfo(values.dtype).max).masked_fill_(~eligible, torch.inf)
+
+
 def least(values: Tensor, eligible: Tensor, count: int) -> Tensor:
     """The ``count`` eligible places with the smallest values; of equal ones the first.
 
@@ -45,6 +56,4 @@ def least(values: Tensor, eligible: Tensor, count: int) -> Tensor:
         >>> least(torch.tensor([0.1, 0.3, 0.2, 0.2]), torch.tensor([False, True, True, True]), 2)
         tensor([2, 3])
     """
-    # NaN sorts after infinity: a diverged unit is not to be taken before an eligible one, nor after an ineligible one
-    ranked = values.nan_to_num(nan=torch.finfo(values.dtype).max).masked_fill_(~eligible, torch.inf)
-    return ranked.argsort(stable=True)[:count]
+    return ranked(values, eligible).argsort(stable=True)[:count]

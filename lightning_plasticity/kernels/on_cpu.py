@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numba
@@ -71,29 +72,45 @@ _at: Any = intrinsic(_pointer)
 # ---- activations
 
 
-def sum_columns(x: Tensor, dim: int, total: Tensor, size: Tensor | None, rows_before: int) -> int:
-    """Adds up entries, and their sizes, by channel, if it takes tensors of this kind.
+class ColumnSums:
+    """Adds up entries, and their sizes, by channel.
 
     Args:
-        x: what is added up.
-        dim: where its channels are, counted from the end; its other dimensions are rows.
-        total: the sums.
-        size: the sums of sizes; None where these are not wanted.
-        rows_before: how many rows are in them; without any they are set. Of one the size is told from the total.
-
-    Returns:
-        How many rows were added: 0 if it does not take it.
+        dim: where channels are, counted from the end; other dimensions are rows.
+        total: where the sums are kept, which stays where it is.
+        size: where the sums of sizes are kept; None where these are not wanted.
     """
-    dtype = x.dtype
-    if dtype is not total.dtype or not x.is_cpu or type(x) not in PLAIN or not x.is_contiguous():
-        return 0
-    entries, channels = x.numel(), total.numel()
-    if not suit(dtype, entries):
-        return 0
-    inner, rows = 1 if dim == -1 else math.prod(x.shape[dim + 1 :]), entries // channels
-    size_at = 0 if size is None else size.data_ptr()
-    _sum_columns(_LIKE[dtype], x.data_ptr(), rows // inner, channels, inner, total.data_ptr(), size_at, rows_before)
-    return rows
+
+    def __init__(self, dim: int, total: Tensor, size: Tensor | None) -> None:
+        self._memory = total, size  # held, for the addresses are of it
+        self._dim, self._dtype, self._channels, self._like = dim, total.dtype, total.numel(), _LIKE[total.dtype]
+        self._total_at, self._size_at = total.data_ptr(), 0 if size is None else size.data_ptr()
+
+    def add(self, x: Tensor, rows_before: int) -> int:
+        """Takes in a tensor, if it is one of this kind.
+
+        Args:
+            x: what is added up.
+            rows_before: how many rows are in the sums: without any they are set. Of one the size is told from the
+                total.
+
+        Returns:
+            How many rows were added: 0 if it does not take it.
+        """
+        if x.dtype is not self._dtype or not x.is_cpu or type(x) not in PLAIN or not x.is_contiguous():
+            return 0
+        entries, channels, dim = x.numel(), self._channels, self._dim
+        if entries > LARGE and not suit(self._dtype, entries):
+            return 0
+        inner, rows = 1 if dim == -1 else math.prod(x.shape[dim + 1 :]), entries // channels
+        addresses = self._total_at, self._size_at
+        _sum_columns(self._like, x.data_ptr(), rows // inner, channels, inner, *addresses, rows_before)
+        return rows
+
+
+def column_sums(dim: int, total: Tensor, size: Tensor | None) -> Callable[[Tensor, int], int]:
+    """What adds up activations."""
+    return ColumnSums(dim, total, size).add
 
 
 @summing
@@ -222,8 +239,12 @@ def _add_sizes_of_rows(rows: Any, sums: Any) -> None:
 def clamp(tensors: Tensors, limits: Sequence[float]) -> None:
     """Brings all entries of each tensor into its limits."""
     like = _LIKE[tensors.tensors[0].dtype]
-    limits_of_each = np.array(limits, like.dtype)
-    _clamp(like, _BITS[like.dtype.itemsize], tensors.places, limits_of_each)
+    _clamp(like, _BITS[like.dtype.itemsize], tensors.places, _array(tuple(limits), like.dtype))
+
+
+@lru_cache(maxsize=64)
+def _array(numbers: tuple[float, ...], dtype: Any) -> np.ndarray[Any, Any]:
+    return np.array(numbers, dtype)
 
 
 @compiled

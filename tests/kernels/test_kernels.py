@@ -50,16 +50,16 @@ def test_sums_of_columns(dtype, shape, inner, rows_before):
     before = {0: (0.0, 0.0), 1: (total.double(), total.double().abs()), 2: (total.double(), size.double())}[rows_before]
     expected = (before[0] + rows.sum(0)).to(dtype), (before[1] + rows.abs().sum(0)).to(dtype)
     dim, without = shape.index(7) - len(shape), some(7, dtype=dtype, seed=1)
-    assert kernels.sum_columns(x, dim, total, size, rows_before) == len(rows)
+    assert kernels.column_sums(dim, total, size)(x, rows_before) == len(rows)
     close(total, expected[0])
     close(size, expected[1])
-    kernels.sum_columns(x, dim, without, None, rows_before)
+    kernels.column_sums(dim, without, None)(x, rows_before)
     assert torch.equal(without, total)
 
 
 def test_what_is_not_summed_by_kernels():
     def rows(x: Tensor) -> int:
-        return kernels.sum_columns(x, -1, torch.zeros(4), None, 0)
+        return kernels.column_sums(-1, torch.zeros(4), None)(x, 0)
 
     assert rows(torch.ones(2, 4)) == 2
     for x in (torch.ones(4, 2).T, torch.ones(2, 4).double(), torch.ones(2, 4).half(), torch.ones(2, 4, device="meta")):

@@ -37,7 +37,7 @@ def sgd(parameters) -> torch.optim.SGD:
 def calls(monkeypatch) -> list[str]:
     """The kernels that are called."""
     kernels, called = kernels_on("cpu"), []
-    for name in ("sum_columns", "average_in", "contributions", "clamp", "rescaling_factors", "scale", "pull"):
+    for name in ("column_sums", "average_in", "contributions", "clamp", "rescaling_factors", "scale", "pull"):
         kernel = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *args, name=name, kernel=kernel: called.append(name) or kernel(*args))
     return called
