@@ -76,7 +76,7 @@ class Population(KnownUnits):
         self._contribution, self._read_weights = self.zeros(self.size), None
         are_whole = all(reader.in_order and not reader.view.part for reader in self._by_number)
         if are_whole and all(reader.weight.is_cpu for reader in self._by_number):
-            self._read_weights = Tensors([reader.weight for reader in self._by_number])
+            self._read_weights = Tensors([reader.weight for reader in self._by_number], in_order=True)
             self._shapes = reader_shapes(self.sets)
 
     def _share_of(self, tensor: Tensor) -> float:

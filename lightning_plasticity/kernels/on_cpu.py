@@ -3,6 +3,9 @@
 There a call of PyTorch takes longer than its arithmetic. Each of these does all layers in one call, in one pass over
 memory, on the tensors' own memory, whose address it is given. What differs from PyTorch's operations is said with each;
 where nothing is said, results are the same to the last bit. Sums are in float64.
+
+There are none for bfloat16, which Numba does not know; what methods change in it goes through float32 anyway, so that
+nothing is lost to rounding (:mod:`lightning_plasticity.editing.remainders`).
 """
 
 from __future__ import annotations
@@ -178,7 +181,7 @@ def contributions(weights: Tensors, readers: np.ndarray[Any, Any], sizes: Tensor
     """For each unit: the size of its activation times the mean size of the weights that use it, over all readers.
 
     Args:
-        weights: of the readers.
+        weights: of the readers, their entries in order.
         readers: a row for each weight, as from ``reader_shapes``.
         sizes: of the activations of all columns; None for 1.
         out: where to write, for all units. A unit's columns in one reader give their mean, and readers add up.

@@ -21,14 +21,17 @@ class Tensors:
     Args:
         tensors: the tensors.
         beside: as many others, each of which has as many entries as its tensor and is laid out alike.
+        in_order: whether kernels count on the entries' being in the order of the dimensions, which they are not in
+            ``torch.channels_last``.
 
     Attributes:
         tensors: the tensors.
         places: what kernels are told of where they are; only to be used after ``kernels`` has given some.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], beside: Sequence[Tensor] = ()) -> None:
+    def __init__(self, tensors: Sequence[Tensor], beside: Sequence[Tensor] = (), *, in_order: bool = False) -> None:
         self.tensors, self._beside = list(tensors), list(beside)
+        self._in_order = in_order
         self._all = [*self.tensors, *self._beside]
         self._are_plain = bool(self._all) and all(type(tensor) in PLAIN for tensor in self._all)
         self._seen: list[int] = []
@@ -62,6 +65,8 @@ class Tensors:
         are_alike = all(t.dtype == first.dtype and t.device == first.device and is_dense(t) for t in self._all)
         pairs = zip(self.tensors, self._beside, strict=False)
         if not are_alike or any(a.shape != b.shape or a.stride() != b.stride() for a, b in pairs):
+            return None
+        if self._in_order and not all(tensor.is_contiguous() for tensor in self._all):
             return None
         kernels = kernels_on(first.device.type)
         size = sum(tensor.numel() for tensor in self._all)

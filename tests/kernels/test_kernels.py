@@ -92,8 +92,10 @@ def test_averages(dtype):
 
 @both_types
 @pytest.mark.parametrize("build", [mlp, convolutional])
-def test_contributions(dtype, build):
-    model = build().to(dtype)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_contributions(dtype, build, layout):
+    model = build().to(dtype).to(memory_format=layout)
+    kernels_read_it = layout is torch.contiguous_format or build is mlp
 
     def of(are_on: bool) -> list[Tensor]:
         use_kernels(are_on)
@@ -101,7 +103,7 @@ def test_contributions(dtype, build):
         population = ContinualBackprop(seed=0).attach(model, example_inputs=(x,))._population
         sizes = some(population.columns, dtype=dtype).abs()
         every = range(len(population.sets))
-        assert (population._read_weights.kernels() is not None) == are_on
+        assert (population._read_weights.kernels() is not None) == (are_on and kernels_read_it)
         with torch.no_grad():
             return [population.contribution(every, sizes).clone(), population.contribution(every).clone()]
 
