@@ -117,8 +117,14 @@ def trained_by_keepers(parts: list[int], *callbacks: Callback, **options: Any) -
         L2Init(0.3),
         ShrinkAndPerturb(0.8, 0.2, init="start", every_n_epochs=1),
     ]
-    module = fitted(parts, *keepers, *callbacks, **options)
+    module = fitted(parts, *keepers, *callbacks, val_check_interval=STEPS // 2, **options)
     return {"weights": weights_of(module), "validated": module.validated}
+
+
+def trained_between_epochs(parts: list[int], **options: Any) -> dict[str, Any]:
+    """By a method that acts after validation, when FSDP2 has whole parameters in the place of the model's own."""
+    method = ShrinkAndPerturb(0.8, 0.2, every_n_epochs=1, optimizer_state="reset", seed=1)
+    return {"weights": weights_of(fitted(parts, method, **options))}
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
@@ -178,7 +184,7 @@ def keepers_on_two(folder: Path) -> dict[str, Any]:
         saves = Saves(folder / f"keepers {name}"), SavesInValidation(folder / f"keepers {name}, in validation")
         results[name] = run(*saves, **way)
         results[f"resumed {name}"] = run(ckpt_path=folder / f"keepers {name}", **way)
-    return results
+    return results | {"none": on_ranks_of_a_trainer(0, train=trained_between_epochs)}
 
 
 def on_each_of_four(rank: int, folder: Path) -> dict[str, Any]:
@@ -300,6 +306,7 @@ def test_what_is_kept_of_every_weight_is_shared_out_and_saved(ranks: list[Any], 
             assert got["validated"] == pytest.approx(of_one["validated"], rel=1e-9)
             assert_same(resumed["weights"], got["weights"])
             assert resumed["validated"][-STEPS:] == got["validated"][-STEPS:]
+        assert_close(rank["keepers, none"]["weights"], trained_between_epochs([0], devices=1)["weights"])
     resumed = trained_by_keepers([0], devices=1, ckpt_path=folder / "keepers full")
     assert_close(resumed["weights"], of_one["weights"])
     for name in ("full", "distributed", "tensors"):  # in validation the model has the slow weights

@@ -4,7 +4,7 @@ Every rank that shares the batch has other data. On one device the same batches 
 that batch norm sees what it sees on each rank.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,48 +102,76 @@ METHODS: dict[str, partial[PlasticityCallback]] = {
 }
 
 
-def course(method: PlasticityCallback, model: nn.Module, parts: list[int], examples: Any) -> dict[str, Any]:
-    """A plain loop; for each step which units were new, and at the end all weights, put together."""
+# Of methods on weights several act in one course where ranks are many, each after the others: each once.
+TOGETHER = [
+    ("ShrinkAndPerturb", "L2Init", "HareAndTortoise", "SoftWeightRescaling", "OptimizerReset"),
+    ("WeightClipping", "L2Init, sorted", "IsometryReinit", "SpectralRegularization", "LayerReset"),
+    (
+        "L2Init, in the gradient",
+        "ShrinkAndPerturb, from the start",
+        "IsometryReinit, exact",
+        "ParsevalRegularization",
+        "DirectionAwareShrink",
+        "SoftWeightRescaling, held",
+    ),
+]
+
+
+def course(names: Sequence[str], model: nn.Module, parts: list[int], examples: Any) -> dict[str, Any]:
+    """A plain loop; for each step what was new, and at the end all weights, put together."""
     # A bias before batch norm has gradients of 0 but for rounding, which without eps Adam would make as large as any.
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, eps=1e-6)
-    before = copies(model)
-    if isinstance(method, DirectionAwareShrink):
-        method.data = [[batch(1000 + i, part) for part in parts] for i in range(3)]
-    method.attach(model, optimizer, examples)
+    methods = {name: METHODS[name]() for name in names}
     chosen: list[Any] = []
-    acted = any_differs(before, model)
+    acted: set[str] = set()
+
+    def weights() -> list[Tensor]:
+        return copies(model.parameters())
+
+    def act(name: str, do: Callable[[], Any], changed: Callable[[], list[Tensor]]) -> None:
+        before = changed()
+        do()
+        if not all(map(torch.equal, before, changed())):
+            acted.add(name)
+
+    for name, method in methods.items():
+        if isinstance(method, DirectionAwareShrink):
+            method.data = [[batch(1000 + i, part) for part in parts] for i in range(3)]
+        act(name, partial(method.attach, model, optimizer, examples), weights)
+    in_gradient = next((n for n, m in methods.items() if isinstance(m, L2Init) and not m.decoupled), "")
     for step in range(STEPS):
         optimizer.zero_grad()
         for part in parts:
             x, y = batch(step, part)
             (cross_entropy(model(x), y) / len(parts)).backward()
-        gradients = [local(p.grad).clone() for p in model.parameters() if p.grad is not None]
-        optimizer.step()
-        acted |= not all(map(torch.equal, gradients, (local(p.grad) for p in model.parameters() if p.grad is not None)))
-        before = copies(model)
-        method.step()
-        acted |= bool(method._numbers().get("resets")) or any_differs(before, model)
+        act(
+            in_gradient,
+            optimizer.step,
+            lambda: [local(p.grad).clone() for p in model.parameters() if p.grad is not None],
+        )
+        for name, method in methods.items():
+            act(name, method.step, weights)
+            if method._numbers().get("resets"):
+                acted.add(name)
+            if isinstance(method, SelectiveReinit):
+                chosen.append(dict(method._renewed))
+            if isinstance(method, UnitCallback):
+                new = (method._ages.now() == 0).nonzero().squeeze(1).tolist()
+                chosen.append((method._numbers().get("replaced"), new))
+    tensors = {name: whole(p).detach() for name, p in model.named_parameters()}
+    for method in methods.values():
+        state = method.state_dict()
+        method.load_state_dict(of_rank_0(state))
+        assert_same(method.state_dict(), state)
         if isinstance(method, SelectiveReinit):
-            chosen.append(dict(method._renewed))
-        if isinstance(method, UnitCallback):
-            chosen.append((method._numbers().get("replaced"), (method._ages.now() == 0).nonzero().squeeze(1).tolist()))
-    weights = {name: whole(p).detach() for name, p in model.named_parameters()}
-    state = method.state_dict()
-    method.load_state_dict(of_rank_0(state))
-    assert_same(method.state_dict(), state)
-    averages = method._averages.state_dict(method._weights)["averages"] if isinstance(method, SelectiveReinit) else {}
-    for name, average in averages.items():
-        weights[f"average of {name}"] = whole(average)
-    method.detach()
-    return {"chosen": chosen, "tensors": weights, "acted": acted}
+            averages = method._averages.state_dict(method._weights)["averages"]
+            tensors |= {f"average of {name}": whole(average) for name, average in averages.items()}
+        method.detach()
+    return {"chosen": chosen, "tensors": tensors, "have acted": acted >= set(names)}
 
 
-def copies(model: nn.Module) -> list[Tensor]:
-    return [local(p).detach().clone() for p in model.parameters()]
-
-
-def any_differs(before: list[Tensor], model: nn.Module) -> bool:
-    return not all(map(torch.equal, before, map(local, model.parameters())))
+def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [local(tensor).detach().clone() for tensor in tensors]
 
 
 @every_case
@@ -171,13 +199,17 @@ def change(model: nn.Module, x: Tensor) -> float:
 WAYS = {2: [FSDP_2, TENSORS_2], 4: [BOTH, FSDP_4, HSDP]}
 
 
-def cases(way: Way) -> Iterator[tuple[str, str]]:
-    """Every method on the MLP under each kind of sharing out, with empty parts too if quick, and one everywhere."""
+def cases(way: Way) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """One method everywhere; each on the MLP under every kind of sharing out, and with empty parts if on weights."""
+    one = ("ContinualBackprop",)
     for kind in NETS:
-        for name, make in METHODS.items():
-            ways = [FSDP_2, TENSORS_2, BOTH, *([] if issubclass(make.func, UnitCallback) else [FSDP_4])]
-            if (kind == "MLP" and way in ways) or name == "ContinualBackprop":
-                yield kind, name
+        yield kind, one
+    on_weights = [name for names in TOGETHER for name in names]
+    apart = [name for name in METHODS if way.ranks == 2 or name not in on_weights]
+    if way in (FSDP_2, TENSORS_2, BOTH):
+        yield from (("MLP", (name,)) for name in apart if (name,) != one)
+    if way in (BOTH, FSDP_4):
+        yield from (("MLP", names) for names in TOGETHER)
 
 
 def courses(rank: int, ways: list[Way]) -> dict[Any, Any]:
@@ -186,8 +218,8 @@ def courses(rank: int, ways: list[Way]) -> dict[Any, Any]:
         part = rank // way.tensors
         for kind in NETS:
             got[str(way), kind] = change(way.share_out(NETS[kind]), batch(0, part)[0])
-        for kind, name in cases(way):
-            got[str(way), kind, name] = course(METHODS[name](), way.share_out(NETS[kind]), [part], (batch(0, part)[0],))
+        for kind, names in cases(way):
+            got[str(way), kind, names] = course(names, way.share_out(NETS[kind]), [part], (batch(0, part)[0],))
     return got
 
 
@@ -205,16 +237,16 @@ def relative_difference(got: Tensor, wanted: Tensor) -> float:
 def test_the_course_is_that_of_one_device(ranks: Any) -> None:
     ways, results = ranks
     for way in ways:
-        for kind, name in cases(way):
+        for kind, names in cases(way):
             parts = list(range(way.data * way.copies))
-            alone = course(METHODS[name](), NETS[kind].seeded(), parts, (batch(0, 0)[0],))
-            assert alone["acted"], (kind, name)
+            alone = course(names, NETS[kind].seeded(), parts, (batch(0, 0)[0],))
+            assert alone["have acted"], (kind, names)
             for rank in results:
-                got = rank[str(way), kind, name]
-                assert got["chosen"] == alone["chosen"], (way, kind, name)
+                got = rank[str(way), kind, names]
+                assert got["chosen"] == alone["chosen"], (way, kind, names)
                 assert got["tensors"].keys() == alone["tensors"].keys()
                 for tensor, wanted in alone["tensors"].items():
-                    assert relative_difference(got["tensors"][tensor], wanted) < 1e-9, (way, kind, name, tensor)
+                    assert relative_difference(got["tensors"][tensor], wanted) < 1e-9, (way, kind, names, tensor)
 
 
 def test_the_change_of_outputs_is_that_of_one_device(ranks: Any) -> None:
