@@ -128,7 +128,7 @@ def count(network: Callable[[], nn.Module], shape: tuple[int, ...], method: Any 
 def as_on_an_accelerator(counts: Counts) -> Iterator[None]:
     """Tensors say that they are not on the CPU, and kernels of Triton are counted instead of launched."""
 
-    def launch(kernel: Any, *_: Any) -> None:
+    def launch(kernel: Any, *_: Any, **__: Any) -> None:
         counts.of[f"Triton {kernel.__name__.lstrip('_')}"] += 1
 
     is_elsewhere = patch.object(torch.Tensor, "is_cpu", False)

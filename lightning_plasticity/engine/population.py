@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ class Population(KnownUnits):
         self._outgoing_of: list[Tensor] = []  # of each reader
         self._contribution = torch.zeros(0)
         self._read_weights: Tensors | None = None  # None where kernels cannot read them
+        self._reader_table: Any = None  # what kernels know of them besides
 
     @override
     def _grow(self) -> None:
@@ -75,9 +77,9 @@ class Population(KnownUnits):
         self._outgoing_of = [self._outgoing[reader.columns] for reader in self._by_number]
         self._contribution, self._read_weights = self.zeros(self.size), None
         are_whole = all(reader.in_order and not reader.view.part for reader in self._by_number)
-        if are_whole and all(reader.weight.is_cpu for reader in self._by_number):
+        if are_whole:
             self._read_weights = Tensors([reader.weight for reader in self._by_number], in_order=True)
-            self._shapes = reader_shapes(self.sets)
+            self._reader_table = None
 
     def _share_of(self, tensor: Tensor) -> float:
         """By what a sum over the part of a tensor is multiplied before :meth:`_over_ranks`."""
@@ -117,7 +119,9 @@ class Population(KnownUnits):
         if weights is None or kernels is None or weights.tensors[0].dtype != self.dtype:
             outgoing = self._outgoing_sizes(sets)
             return self.per_unit(outgoing if sizes is None else outgoing.mul_(sizes), sets)
-        kernels.contributions(weights, self._shapes, sizes, self._contribution)
+        if self._reader_table is None:
+            self._reader_table = kernels.reader_table(reader_shapes(self.sets), self.device)
+        kernels.contributions(weights, self._reader_table, sizes, self._contribution)
         return self._contribution
 
     def _outgoing_sizes(self, sets: Sequence[int]) -> Tensor:

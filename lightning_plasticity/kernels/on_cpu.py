@@ -177,12 +177,17 @@ def _average_in(like: Any, places: Any, weight: float) -> None:
 # ---- weights
 
 
+def reader_table(shapes: np.ndarray[Any, Any], device: torch.device) -> np.ndarray[Any, Any]:
+    """What ``contributions`` is told of readers, from ``reader_shapes``."""
+    return shapes
+
+
 def contributions(weights: Tensors, readers: np.ndarray[Any, Any], sizes: Tensor | None, out: Tensor) -> None:
     """For each unit: the size of its activation times the mean size of the weights that use it, over all readers.
 
     Args:
         weights: of the readers, their entries in order.
-        readers: a row for each weight, as from ``reader_shapes``.
+        readers: from ``reader_table``.
         sizes: of the activations of all columns; None for 1.
         out: where to write, for all units. A unit's columns in one reader give their mean, and readers add up.
     """

@@ -4,6 +4,7 @@ from unittest.mock import patch
 
 import torch
 
+from lightning_plasticity import ContinualBackprop
 from lightning_plasticity.editing.edits import Editor
 from lightning_plasticity.engine.population import average_in
 from lightning_plasticity.kernels import Tensors, choice, on_gpu
@@ -44,6 +45,41 @@ def check() -> None:
         assert Tensors([torch.ones(2, dtype=torch.float64)]).kernels() is None
 
 
+class ReadTwice(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.make, self.again = torch.nn.Linear(5, 70), torch.nn.Linear(70, 6)
+        self.first, self.second = torch.nn.Linear(70, 6), torch.nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.make(x).relu()
+        return self.second((self.first(hidden) + self.again(hidden)).relu())
+
+
+def check_contributions() -> None:
+    convolutional = torch.nn.Sequential(
+        *(torch.nn.Conv2d(3, 6, 3), torch.nn.ReLU(), torch.nn.Conv2d(6, 8, 3, groups=2), torch.nn.ReLU()),
+        *(torch.nn.ConvTranspose2d(8, 4, 2), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 25, 40)),
+        *(torch.nn.ReLU(), torch.nn.Linear(40, 3)),
+    )
+
+    def of(found: object, network: torch.nn.Module, *shape: int) -> list[torch.Tensor]:
+        with patch.object(choice, "_found", lambda kind: found):
+            method = ContinualBackprop(seed=0).attach(network, example_inputs=(torch.zeros(1, *shape),))
+            population = method._population
+            sizes = torch.rand(population.columns, generator=torch.Generator().manual_seed(0))
+            every = range(len(population.sets))
+            assert population._read_weights is not None
+            assert population._read_weights.kernels() is found
+            with torch.no_grad():
+                return [population.contribution(every, sizes).clone(), population.contribution(every).clone()]
+
+    twice = ReadTwice()
+    torch.testing.assert_close(of(on_gpu, convolutional, 3, 8, 8), of(None, convolutional, 3, 8, 8))
+    torch.testing.assert_close(of(on_gpu, twice, 5), of(None, twice, 5))
+
+
 if __name__ == "__main__":
     check()
+    check_contributions()
     print("all agree")

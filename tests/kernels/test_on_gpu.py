@@ -34,6 +34,20 @@ def test_they_compile(name):
     assert compiled.asm["cubin"]
 
 
+def test_contributions_compile():
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from lightning_plasticity.kernels import on_gpu
+
+    types = dict.fromkeys(("places", "readers", "first"), "*i64") | {"sizes": "*fp32", "out": "*fp32"}
+    constants = {"SIZED": True, "ROWS": 32, "UNITS": 32}
+    signature = types | dict.fromkeys(constants, "constexpr")
+    compiled = compile(ASTSource(on_gpu._contributions, signature, constants), target=GPUTarget("cuda", 80, 32))
+    assert compiled.asm["cubin"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu():
