@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, TypeGuard
 
@@ -96,12 +96,31 @@ class Layout:
     piece: tuple[int, ...]
 
     @cached_property
+    def run(self) -> tuple[int, int]:
+        """At which row of the whole the part begins, and how many rows it has."""
+        rows = self.places[0]
+        return (0, self.shape[0]) if rows is None else (int(rows[0]) if len(rows) else 0, len(rows))
+
+    @cached_property
     def lookups(self) -> tuple[Tensor | None, ...]:
         """For each dimension the place in the part of each index of the whole, -1 where another rank has it."""
         return tuple(
             None if place is None else torch.full((size,), -1, device=place.device).index_copy(0, place, _count(place))
             for size, place in zip(self.shape, self.places, strict=True)
         )
+
+
+def _rows_of(layout: Layout, rows: slice) -> Layout:
+    first, last, _ = rows.indices(layout.shape[0])
+    return _run_of(layout, first, last)
+
+
+@lru_cache(maxsize=4096)
+def _run_of(layout: Layout, first: int, last: int) -> Layout:
+    """Where the part lies in the tensor that consists of these rows of the whole."""
+    places = layout.places[0]
+    inside = None if places is None else places[(places >= first) & (places < last)] - first
+    return replace(layout, shape=torch.Size((last - first, *layout.shape[1:])), places=(inside, *layout.places[1:]))
 
 
 def _count(places: Tensor) -> Tensor:
@@ -155,6 +174,19 @@ class Part:
         shape = torch.Size((second, first, *others))
         swapped = Layout(shape, (b, a, *rest), (y, x, *more), (j, i, *same))
         return Part(self.local.transpose(0, 1), swapped)
+
+    def held_rows(self, rows: slice) -> slice:
+        """Where in the part those of some rows of the whole tensor are that it has."""
+        first, last, _ = rows.indices(self.shape[0])
+        begin, count = (0, len(self.local)) if self.layout is None else self.layout.run
+        inside = min(max(first - begin, 0), count)
+        return slice(inside, max(min(last - begin, count), inside))
+
+    def rows(self, rows: slice) -> Part:
+        """The part of the tensor that consists of some rows of this one."""
+        if rows == slice(None):
+            return self
+        return Part(self.local[self.held_rows(rows)], None if self.layout is None else _rows_of(self.layout, rows))
 
     def places(self, dim: int) -> Tensor | None:
         """The indices in the whole of what the part has in a dimension; None where it has all."""
@@ -244,14 +276,49 @@ def matrix(view: LayerView, tensor: Tensor) -> Part:
 
 def bias_by_output(view: LayerView, tensor: Tensor) -> Part:
     """The part that this rank holds of a tensor of a layer's bias's shape, with the outputs first."""
-    return part_of(tensor) if is_shared_out(tensor) else Part(view.bias_by_output(tensor), None)
+    return part_of(tensor).rows(view.bias_rows) if is_shared_out(tensor) else Part(view.bias_by_output(tensor), None)
+
+
+def bias_by_row(view: LayerView, tensor: Tensor) -> Part:
+    """The part that this rank holds of a tensor of a layer's bias's shape, of what belongs to the layer's rows."""
+    return part_of(tensor).rows(view.bias_rows) if is_shared_out(tensor) else Part(view.bias_by_row(tensor), None)
 
 
 def _seen(view: LayerView, tensor: Tensor, see: Callable[[Tensor], Tensor]) -> Part:
     if not is_shared_out(tensor):
         return Part(see(tensor), None)
-    part = part_of(tensor)  # of a module that is one layer: others are not edited where they are shared out
+    part = part_of(tensor).rows(view.rows)  # several rows to an output are not edited where they are shared out
     return part.swapped() if view.transposed else part
+
+
+def held_view(view: LayerView) -> LayerView:
+    """A layer as it sees what this rank holds of its weight and its bias, and tensors of the same shapes.
+
+    Example:
+        >>> from lightning_plasticity.layer_views import view_of
+        >>> view = view_of(torch.nn.Linear(2, 3))
+        >>> held_view(view) is view
+        True
+    """
+    if not is_shared_out(view.weight) or view.rows == view.bias_rows == slice(None):
+        return view
+    bias_rows = view.bias_rows if view.bias is None else part_of(view.bias).held_rows(view.bias_rows)
+    return replace(view, rows=part_of(view.weight).held_rows(view.rows), bias_rows=bias_rows)
+
+
+def own_here(view: LayerView) -> list[Tensor]:
+    """A layer's weight and its bias; where it has only some rows of them, what this rank holds of these.
+
+    Example:
+        >>> from lightning_plasticity.layer_views import view_of
+        >>> [tensor.shape for tensor in own_here(view_of(torch.nn.Linear(2, 3)))]
+        [torch.Size([3, 2]), torch.Size([3])]
+    """
+    held = held_view(view)
+    if held is view:
+        return view.own()
+    weight = local(view.weight)[held.rows]
+    return [weight] if view.bias is None else [weight, held.bias_by_row(local(view.bias))]
 
 
 def inputs_read(view: LayerView) -> Tensor:

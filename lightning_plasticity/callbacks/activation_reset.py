@@ -16,6 +16,7 @@ from lightning_plasticity.engine.unit_callback import UnitCallback
 from lightning_plasticity.engine.unit_sets import UnitSet
 from lightning_plasticity.functional.activation_reset import RELU, TANH, ActivationStrategy, strategy_for
 from lightning_plasticity.functional.continual_backprop import bias_corrected, least
+from lightning_plasticity.shards import own_here
 from lightning_plasticity.units.find import HiddenUnits
 
 Strategy: TypeAlias = Literal["auto", "relu", "tanh"] | ActivationStrategy
@@ -184,7 +185,7 @@ class ActivationReset(UnitCallback):
         key = tuple(sets)
         if key not in self._clamped:
             layers = {t.module: t.layer for i in sets for t in self._population.sets[i].producers}
-            self._clamped[key] = [tensor for layer in layers.values() for tensor in layer.own()]
+            self._clamped[key] = [tensor for layer in layers.values() for tensor in own_here(layer)]
         return self._clamped[key]
 
     @override

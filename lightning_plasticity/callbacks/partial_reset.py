@@ -17,7 +17,7 @@ from lightning_plasticity.engine.unit_callback import UnitCallback
 from lightning_plasticity.engine.unit_sets import Reader, Table, UnitSet, weights_of_producers
 from lightning_plasticity.functional.partial_reset import reset_shares
 from lightning_plasticity.functional.redo import gradient_scores
-from lightning_plasticity.shards import by_output, inputs_read
+from lightning_plasticity.shards import by_output, held_view, inputs_read
 from lightning_plasticity.units.find import HiddenUnits
 
 
@@ -138,7 +138,7 @@ class PartialReset(UnitCallback):
         fresh = self._initial.draw(table.weight, self.draws.generator(view.weight.device), every_row, view)
         [value] = self.editor.precise([view.weight])
         value = value.clone()
-        rows, part = view.by_output(value), by_output(view, view.weight)
+        rows, part = held_view(view).by_output(value), by_output(view, view.weight)
         of_rows = part.take(_spread(shares, table.entries, view.outputs), 0)
         rows.add_(of_rows.view(-1, *(1,) * (rows.ndim - 1)) * (part.take(fresh) - rows))
         self.editor.write([view.weight], [value])
@@ -148,7 +148,7 @@ class PartialReset(UnitCallback):
         view = reader.view
         [value] = self.editor.precise([view.weight])
         value = value.clone()
-        columns = view.matrix(value)
+        columns = held_view(view).matrix(value)
         kept = (1 - _spread(shares, reader.table.entries, view.inputs))[inputs_read(view)]
         columns.mul_(kept.view(*kept.shape, *(1,) * (columns.ndim - 2)))
         self.editor.write([view.weight], [value])

@@ -148,10 +148,10 @@ def check_layer(view: LayerView, name: str) -> None:
             )
     for kind, parameter in layer.named_parameters(recurse=False):
         check_parameter(parameter, f"{module}.{kind}")
-    if is_shared_out(view.weight) and view.part:
+    if is_shared_out(view.weight) and view.gates > 1:
         raise RuntimeError(
-            f"An edit of one of the layers that a module holds needs whole parameters, but {module}.{view.weight_name} "
-            "is sharded. Use a strategy that keeps parameters whole, such as DDP, or exclude the module."
+            f"An edit of an LSTM or a GRU needs whole parameters, but {module}.{view.weight_name} is sharded. Use a "
+            "strategy that keeps parameters whole, such as DDP, or exclude the module."
         )
     dimensions = 1 - view.channel_dim
     if view.weight.dim() != dimensions:

@@ -30,7 +30,9 @@ from lightning_plasticity.layer_views import LayerView, layer_at, layers_of
 from lightning_plasticity.names import submodule
 from lightning_plasticity.shards import (
     bias_by_output,
+    bias_by_row,
     by_output,
+    held_view,
     inputs_read,
     local,
     matrix,
@@ -109,7 +111,7 @@ class Editor(WholeEditor):
         check_device(values, layer.weight)
         here, given = part.find(0, rows)
         values = part.take(values[given], *range(1, len(shape)))
-        self._assign(layer.weight, (here,), values, math.prod(shape), layer.by_output)
+        self._assign(layer.weight, (here,), values, math.prod(shape), held_view(layer).by_output)
         self._zero_bias(layer, rows)
 
     @without_gradients
@@ -120,12 +122,12 @@ class Editor(WholeEditor):
         part = by_output(layer, layer.weight)
         here, _ = part.find(0, rows)
         count = len(rows) * part.shape[1:].numel()
-        self._assign(layer.weight, (here,), part.local[here] * factor, count, layer.by_output)
+        self._assign(layer.weight, (here,), part.local[here] * factor, count, held_view(layer).by_output)
         if layer.bias is not None:
             bias = bias_by_output(layer, layer.bias)
             here, _ = bias.find(0, rows)
             count = len(rows) * layer.gates
-            self._assign(layer.bias, (here,), bias.local[here] * factor, count, layer.bias_by_output)
+            self._assign(layer.bias, (here,), bias.local[here] * factor, count, held_view(layer).bias_by_output)
 
     @without_gradients
     def zero_bias(self, module: str, rows: Tensor) -> None:
@@ -137,7 +139,7 @@ class Editor(WholeEditor):
     def _zero_bias(self, layer: LayerView, rows: Tensor) -> None:
         if layer.bias is not None:
             here, _ = bias_by_output(layer, layer.bias).find(0, rows)
-            self._assign(layer.bias, (here,), 0.0, len(rows) * layer.gates, layer.bias_by_output)
+            self._assign(layer.bias, (here,), 0.0, len(rows) * layer.gates, held_view(layer).bias_by_output)
 
     @without_gradients
     def zero_columns(self, module: str, columns: Tensor) -> None:
@@ -148,7 +150,7 @@ class Editor(WholeEditor):
         if layer.groups == 1:
             here, _ = part.find(1, columns)
             count = len(columns) * part.shape[0] * part.shape[2:].numel()
-            self._assign(layer.weight, (slice(None), here), 0.0, count, layer.matrix)
+            self._assign(layer.weight, (slice(None), here), 0.0, count, held_view(layer).matrix)
             return
         chosen = _reads_one_of(columns, layer)
         mask = chosen.view(*chosen.shape, *(1,) * (len(part.shape) - 2)).expand(part.local.shape)
@@ -175,13 +177,13 @@ class Editor(WholeEditor):
             return
         part = matrix(layer, layer.weight)
         [shift] = sum_over_shards([part.spread(_given_by(columns, amounts, layer), 0)], [layer.weight])
-        bias = part_of(layer.bias)
+        bias = bias_by_row(layer, layer.bias)
         shift = bias.take(shift.nan_to_num_(0.0, 0.0, 0.0), 0)
         if bias.local.dtype == shift.dtype:
-            layer.bias_by_row(bias.local).add_(shift)
+            bias.local.add_(shift)
             return
-        shifted = bias.local.to(torch.promote_types(shift.dtype, layer.bias.dtype), copy=True)
-        layer.bias_by_row(shifted).add_(shift)
+        shifted = local(layer.bias).to(torch.promote_types(shift.dtype, layer.bias.dtype), copy=True)
+        held_view(layer).bias_by_row(shifted).add_(shift)
         self._set([layer.bias], [shifted])
 
     @without_gradients

@@ -86,7 +86,7 @@ class Reader:
     @property
     def weights_per_column(self) -> int:
         """By how many weights a column is multiplied."""
-        return self.view.matrix(self.weight).numel() // self.view.inputs
+        return self.view.matrix(torch.empty(self.weight.shape, device="meta")).numel() // self.view.inputs
 
     def take(self, channels: Tensor) -> Tensor:
         """From one value for each input of the layer: those of the entries."""

@@ -167,5 +167,12 @@ def _argument(place: int, name: str, args: Sequence[Any], kwargs: Mapping[str, A
 
 
 def _values(view: LayerView, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Tensor:
-    x, weight, bias = _argument(2, "value", args, kwargs, output), view.matrix(view.weight), view.bias
+    x, weight, bias = _argument(2, "value", args, kwargs, output), view.matrix(_whole(view.weight)), view.bias
+    bias = None if bias is None else _whole(bias)
     return nn.functional.linear(x, weight, None if bias is None else view.bias_by_row(bias)).detach()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A parameter that FSDP2 may have shared out again after the call that has just been made."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()

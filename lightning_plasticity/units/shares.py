@@ -46,7 +46,8 @@ def entries_by_name(model: nn.Module, layers: Mapping[str, LayerView], units: It
 
 def size_of(view: LayerView) -> int:
     """How many entries a layer has."""
-    return sum(tensor.numel() for tensor in view.own())
+    bias = 0 if view.bias is None else view.bias_by_row(_shape_of(view.bias)).numel()
+    return view.matrix(_shape_of(view.weight)).numel() + bias
 
 
 def _entries_of_layer(view: LayerView, outputs: list[Tensor], inputs: list[Tensor]) -> int:
@@ -55,7 +56,11 @@ def _entries_of_layer(view: LayerView, outputs: list[Tensor], inputs: list[Tenso
         for part in entries:
             mask[part.cpu()] = True
     others = [(~mask).view(view.groups, -1).sum(1) for mask in (is_made, is_read)]
-    matrix = view.matrix(view.weight)
+    matrix = view.matrix(_shape_of(view.weight))
     kernel = view.gates * matrix[0, 0].numel()
     bias = 0 if view.bias is None else int(is_made.sum()) * view.gates
     return matrix.numel() - int((others[0] * others[1]).sum()) * kernel + bias
+
+
+def _shape_of(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, device="meta")

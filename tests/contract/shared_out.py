@@ -42,6 +42,31 @@ class SmallViT(VisionTransformer):
         return super().forward(x.view(-1, 1, 4, 4))
 
 
+class TorchTransformer(nn.Module):
+    """Torch's own block, whose attention holds three layers in one parameter: cut between its rows, by four ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Linear(4, 6)
+        self.block = nn.TransformerEncoderLayer(6, 2, 10, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(self.embedding(x.view(-1, 4, 4))).mean(1))
+
+
+class Recurrent(nn.Module):
+    """A recurrent network of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.RNN(4, 10, num_layers=2, batch_first=True, nonlinearity="relu")
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x.view(-1, 4, 4))[0].mean(1))
+
+
 def perceptron() -> nn.Sequential:
     """Widths that four ranks cannot share evenly."""
     return nn.Sequential(
@@ -66,6 +91,9 @@ NETS = {
     "ViT": Net(SmallViT, {"blocks.*.mlp.fc1": ColwiseParallel, "blocks.*.mlp.fc2": RowwiseParallel}),
     "ResNet": Net(Residual, {"head": lambda: RowwiseParallel(input_layouts=Replicate())}),
 }
+
+# Of modules that hold several layers.
+COMBINED = {"transformer": Net(TorchTransformer, {}), "RNN": Net(Recurrent, {})}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 
 from contract.cases import Case
-from contract.shared_out import BOTH, FSDP_2, FSDP_4, HSDP, NETS, TENSORS_2, Way, batch, of_rank_0
+from contract.shared_out import BOTH, COMBINED, FSDP_2, FSDP_4, HSDP, NETS, TENSORS_2, Way, batch, of_rank_0
 from contract.training import Network, assert_same, every_case, seeded
 from lightning_plasticity import (
     ActivationReset,
@@ -190,12 +190,37 @@ def test_a_method_works_on_parts_or_refuses_them(case: Case, tmp_path: Path) -> 
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_gates_are_refused(kind: type[nn.RNNBase], tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        layers = [kind(4, 3), Last(), nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)]
+        model = fully_shard(nn.Sequential(*layers), mesh=init_device_mesh("cpu", (1,)))
+        method = ContinualBackprop()
+        with pytest.raises(RuntimeError, match=r"An edit of an LSTM or a GRU needs whole parameters, .* exclude the"):
+            method.attach(model, torch.optim.SGD(model.parameters()), (torch.randn(5, 2, 4),))
+        method = ContinualBackprop(exclude="0.*")
+        method.attach(model, torch.optim.SGD(model.parameters()), (torch.randn(5, 2, 4),))
+        assert [unit_set.units.name for unit_set in method._population.sets] == ["2"]
+        method.detach()
+    finally:
+        dist.destroy_process_group()
+
+
+class Last(nn.Module):
+    """The outputs of a recurrent network at its last step."""
+
+    def forward(self, x: tuple[Tensor, Any]) -> Tensor:
+        return x[0][-1]
+
+
 def change(model: nn.Module, x: Tensor) -> float:
     """By how much a network's outputs would be moved by what Soft Weight Rescaling does to its weights."""
     rescaling = plan(model, trace(model, (x,), {}), tie_streams=False)
     return change_of_outputs(model, (x,), {}, rescaling)
 
 
+ALL_NETS = NETS | COMBINED
 WAYS = {2: [FSDP_2, TENSORS_2], 4: [BOTH, FSDP_4, HSDP]}
 
 
@@ -210,6 +235,8 @@ def cases(way: Way) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield from (("MLP", (name,)) for name in apart if (name,) != one)
     if way in (BOTH, FSDP_4):
         yield from (("MLP", names) for names in TOGETHER)
+    for kind in COMBINED if way == FSDP_4 else ():
+        yield from ((kind, (name,)) for name in ("ContinualBackprop", "ActivationReset", "PartialReset"))
 
 
 def courses(rank: int, ways: list[Way]) -> dict[Any, Any]:
@@ -219,7 +246,7 @@ def courses(rank: int, ways: list[Way]) -> dict[Any, Any]:
         for kind in NETS:
             got[str(way), kind] = change(way.share_out(NETS[kind]), batch(0, part)[0])
         for kind, names in cases(way):
-            got[str(way), kind, names] = course(names, way.share_out(NETS[kind]), [part], (batch(0, part)[0],))
+            got[str(way), kind, names] = course(names, way.share_out(ALL_NETS[kind]), [part], (batch(0, part)[0],))
     return got
 
 
@@ -239,7 +266,7 @@ def test_the_course_is_that_of_one_device(ranks: Any) -> None:
     for way in ways:
         for kind, names in cases(way):
             parts = list(range(way.data * way.copies))
-            alone = course(names, NETS[kind].seeded(), parts, (batch(0, 0)[0],))
+            alone = course(names, ALL_NETS[kind].seeded(), parts, (batch(0, 0)[0],))
             assert alone["have acted"], (kind, names)
             for rank in results:
                 got = rank[str(way), kind, names]
