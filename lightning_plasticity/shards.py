@@ -424,6 +424,18 @@ def shared_out_as(tensor: Tensor, held: Tensor) -> Tensor:
     return DTensor.from_local(held, *where, run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 
+def for_state(tensor: Tensor) -> Tensor:
+    """A tensor that is remembered, as state has it: a copy, or itself where it is shared out.
+
+    Such are put together for a checkpoint, or copied, one by one, by who asks for the state.
+
+    Example:
+        >>> for_state(torch.ones(2))
+        tensor([1., 1.])
+    """
+    return tensor if is_shared_out(tensor) else tensor.clone()
+
+
 def held_of(values: Tensor, tensor: Tensor) -> Tensor:
     """Of values for all entries of a tensor, those that belong to the part that this rank holds.
 

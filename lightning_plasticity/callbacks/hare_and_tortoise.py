@@ -22,7 +22,7 @@ from lightning_plasticity.engine.state import for_checkpoint
 from lightning_plasticity.functional.hare_and_tortoise import follow
 from lightning_plasticity.functional.weights import norm
 from lightning_plasticity.kernels import Tensors
-from lightning_plasticity.shards import held_of, is_shared_out, local, shard_again, sum_over_shards
+from lightning_plasticity.shards import for_state, held_of, is_shared_out, local, shard_again, sum_over_shards
 
 Weights: TypeAlias = Literal["slow", "fast"]
 
@@ -223,7 +223,7 @@ class HareAndTortoise(ScheduledCallback):
         differing = [name for name, buffer in self._buffers.items() if not is_shared_out(buffer)]
         of_rank_0 = gather_over_ranks([self._slow[name] for name in differing])
         buffers = {name: gathered[0].clone() for name, gathered in zip(differing, of_rank_0, strict=True)}
-        slow = {name: buffers[name] if name in buffers else tensor.clone() for name, tensor in self._slow.items()}
+        slow = {name: buffers[name] if name in buffers else for_state(tensor) for name, tensor in self._slow.items()}
         return super()._state() | {"slow": slow}
 
     @override

@@ -18,7 +18,16 @@ from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.functional.l2_init import at_the_same_rank, l2_init_update
 from lightning_plasticity.functional.weights import norm
 from lightning_plasticity.layers.weights import find_norm_parameters
-from lightning_plasticity.shards import gradient, held_of, local, part_of, shared_out_as, sum_over_shards, whole
+from lightning_plasticity.shards import (
+    for_state,
+    gradient,
+    held_of,
+    local,
+    part_of,
+    shared_out_as,
+    sum_over_shards,
+    whole,
+)
 
 Match: TypeAlias = Literal["position", "sorted"]
 
@@ -214,7 +223,7 @@ class L2Init(PlasticityCallback):
 
     @override
     def _state(self) -> dict[str, Any]:
-        initial = {name: self._initial[p].clone() for name, p in self._parameters_by_name.items()}
+        initial = {name: for_state(self._initial[p]) for name, p in self._parameters_by_name.items()}
         return {"initial": initial, "steps": list(self._steps)}
 
     @override

@@ -15,7 +15,7 @@ from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.editing.initial import Init, InitialDistribution, InitName
 from lightning_plasticity.engine.schedule import Schedule, ScheduledCallback
 from lightning_plasticity.functional.shrink_and_perturb import shrink_and_perturb
-from lightning_plasticity.shards import held_of, local
+from lightning_plasticity.shards import for_state, held_of, local
 
 
 class ShrinkAndPerturb(ScheduledCallback):
@@ -140,7 +140,7 @@ class ShrinkAndPerturb(ScheduledCallback):
 
     @override
     def _state(self) -> dict[str, Any]:
-        starts = {name: start.clone() for name, start in self._starts.items()}
+        starts = {name: for_state(start) for name, start in self._starts.items()}
         return super()._state() | {"initial": self._initial.state_dict(), "starts": starts}
 
     @override

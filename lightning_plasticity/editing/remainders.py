@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.shards import held_of, local, shared_out_as
+from lightning_plasticity.shards import for_state, held_of, local, shared_out_as
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -79,7 +79,7 @@ class Remainders:
     def state_dict(self) -> dict[str, Tensor]:
         """What is kept, by the parameters' names, shared out among ranks as these are."""
         named = self._model.named_parameters()
-        return {name: shared_out_as(p, self._kept[p].clone()) for name, p in named if p in self._kept}
+        return {name: for_state(shared_out_as(p, self._kept[p])) for name, p in named if p in self._kept}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Take back what :meth:`state_dict` gave, or the same put together.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_plasticity.functional.selection import mean_of_all
 from lightning_plasticity.functional.selective_reinit import gradient_utilities
-from lightning_plasticity.shards import gradient, held_of, local, shared_out_as
+from lightning_plasticity.shards import for_state, gradient, held_of, local, shared_out_as
 
 
 class GradientUtility:
@@ -74,7 +74,7 @@ class GradientUtility:
 
     def state_dict(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
         """The averages, shared out as the weights are, and how many steps are in them, for a checkpoint."""
-        averages = {name: shared_out_as(weights[name], kept.clone()) for name, kept in self._averages.items()}
+        averages = {name: for_state(shared_out_as(weights[name], a)) for name, a in self._averages.items()}
         return {"averages": averages, "updates": dict(self._updates)}
 
     def load_state_dict(self, state_dict: dict[str, Any], weights: Mapping[str, Tensor]) -> None:

@@ -26,7 +26,7 @@ from lightning_plasticity.engine.examination import Examination, Question
 from lightning_plasticity.engine.forward import ModelHook, forget_compiled_code
 from lightning_plasticity.engine.method import Method
 from lightning_plasticity.engine.settings import ShowsSettings, without_links
-from lightning_plasticity.engine.state import VERSION, check_state, for_checkpoint
+from lightning_plasticity.engine.state import VERSION, check_state, copied, for_checkpoint
 from lightning_plasticity.engine.steps import OptimizerSteps, is_joining, unwrapped
 from lightning_plasticity.kernels import kernels_on, use_kernels
 from lightning_plasticity.names import original
@@ -374,7 +374,7 @@ class LoopMethod(ShowsSettings, Method, ABC):
         return for_checkpoint(self._own_state())
 
     def _own_state(self) -> dict[str, Any]:
-        """What ``state_dict`` gives, but of what is shared out each rank has its part."""
+        """What ``state_dict`` gives, but of what is shared out each rank has its part, which is in use."""
         if not self._ready:
             return dict(self._saved or {})
         shard_again(self._sharded)
@@ -401,7 +401,7 @@ class LoopMethod(ShowsSettings, Method, ABC):
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         """Takes state whole, or raises and is as before."""
-        own = self._own_state()
+        own = copied(self._own_state())
         check_state(type(self).__name__, state_dict, own)
         try:
             self._take_state(state_dict)
@@ -427,11 +427,11 @@ class LoopMethod(ShowsSettings, Method, ABC):
 
     def _unattached(self) -> Self:
         args, kwargs = self._arguments
-        copied = type(self)(*args, **kwargs)
-        settings = vars(copied).keys() - {"optimizers"}
-        vars(copied).update({name: vars(self)[name] for name in settings if not name.startswith("_")})
-        copied.load_state_dict(self._own_state())
-        return copied
+        twin = type(self)(*args, **kwargs)
+        settings = vars(twin).keys() - {"optimizers"}
+        vars(twin).update({name: vars(self)[name] for name in settings if not name.startswith("_")})
+        twin.load_state_dict(copied(self._own_state()))
+        return twin
 
     def __getstate__(self) -> dict[str, Any]:
         # A weak reference cannot be pickled; a copy has no other model to confuse with this one.

@@ -35,10 +35,17 @@ def for_checkpoint(state: Mapping[str, Any]) -> dict[str, Any]:
         if not is_shared_out(value):
             return value
         complete = whole(value)  # by all ranks
-        return complete.cpu() if dist.get_rank() == 0 else None
+        # a copy also where this rank has all of it, and of what is in use
+        return complete.to("cpu", copy=True) if dist.get_rank() == 0 else None
 
     put_together: dict[str, Any] = tree_map(together, state)
     return put_together
+
+
+def copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    """State of which nothing is in use: copies of what is shared out, which all else is already."""
+    copies: dict[str, Any] = tree_map(lambda value: value.clone() if is_shared_out(value) else value, state)
+    return copies
 
 
 def check_state(method: str, given: Any, own: Mapping[str, Any]) -> None:
