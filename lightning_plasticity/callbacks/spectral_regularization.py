@@ -23,7 +23,7 @@ from lightning_plasticity.functional.spectral_regularization import (
     times_rows,
     vector_step,
 )
-from lightning_plasticity.layers.trained import LayerWeights
+from lightning_plasticity.layers.trained import LayerWeights, together
 from lightning_plasticity.layers.weights import LayerPatterns, find_bias, find_norm_parameters, weights_in_words
 from lightning_plasticity.shards import Part, part_of, sum_over_shards
 
@@ -154,11 +154,15 @@ class SpectralRegularization(PlasticityCallback):
         )
         rights = {i: length_and_direction(sums[i])[1] for i in matrices}
         products = sum_over_shards([times_rows(parts[i], rights[i]) for i in matrices], [trained[i] for i in matrices])
-        steps: dict[int, Tensor] = {}
+        sigmas = []
         for i, product in zip(matrices, products, strict=True):
-            sigma, left = length_and_direction(product, self._left[trained[i]])
-            self._left[trained[i]] = left
-            steps[i] = outer(parts[i], left, rights[i]) * spectral_step(sigma, rates[i], self.power)
+            sigma, self._left[trained[i]] = length_and_direction(product, self._left[trained[i]])
+            sigmas.append(sigma)
+        steps: dict[int, Tensor] = {}
+        for places, batch in together(sigmas, [rates[i] for i in matrices]):
+            alike = [matrices[place] for place in places]
+            for i, step in zip(alike, spectral_step(batch, rates[alike[0]], self.power), strict=True):
+                steps[i] = outer(parts[i], self._left[trained[i]], rights[i]) * step
         return [
             steps[i] if i in steps else vector_step(part.local, sums[i], rates[i], self.power)
             for i, part in enumerate(parts)
