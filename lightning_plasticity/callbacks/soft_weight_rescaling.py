@@ -45,11 +45,13 @@ class _Share:
     """What a step of one optimizer calls for: tensors to scale, and of each group of weights exponents and lambda.
 
     The logarithms of ``factors``, one for each tensor, are the product of exponents and the groups' logarithms.
-    ``followers`` are the last of the tensors: biases and running statistics, whose norms nothing holds.
+    ``followers`` are the last of the tensors: biases and running statistics, whose norms nothing holds, with their own
+    part of the factors.
     """
 
     tensors: list[Tensor]
     followers: Tensors
+    of_followers: Tensor
     exponents: Tensor
     coefficients: Tensor
     factors: Tensor
@@ -266,6 +268,7 @@ class SoftWeightRescaling(PlasticityCallback):
         return _Share(
             tensors,
             Tensors(tensors[weights:]),
+            factors[weights:],
             exponents.to(self._initial_norms),
             (own * self._coefficients).amax(1).to(self._initial_norms),
             factors,
@@ -348,15 +351,10 @@ class SoftWeightRescaling(PlasticityCallback):
             torch.exp(terms.sum(1), out=share.factors)
 
     def _refuse_overflow(self, share: _Share) -> None:
-        followers = share.followers.tensors
-        of_each = share.factors[len(share.tensors) - len(followers) :]
-        factors = of_each.tolist()
-        if max(factors, default=1.0) <= 1:
-            return
         if (kernels := share.followers.kernels()) is not None:
-            is_too_large = kernels.overflow(share.followers, of_each)
+            is_too_large = kernels.overflow(share.followers, share.of_followers)
         else:
-            pairs = zip(map(local, followers), factors, strict=True)
+            pairs = zip(map(local, share.followers.tensors), share.of_followers.tolist(), strict=True)
             is_too_large = any(factor > 1 and _overflows(values, factor) for values, factor in pairs)
         if not is_too_large:
             return
