@@ -193,7 +193,8 @@ def fit(module: Any, data: Any, callbacks: Sequence[Any], **options: Any) -> Run
 def watched_edits() -> Iterator[set[str]]:
     """The names of the parameters that methods change meanwhile, whoever else changes them between."""
     changed: set[str] = set()
-    original = {name: method for name, method in vars(Editor).items() if inspect.isfunction(method) and name[0] != "_"}
+    original = {name: edit for name, edit in inspect.getmembers(Editor, inspect.isfunction) if name[0] != "_"}
+    own = {name for name in original if name in vars(Editor)}
 
     def watch(method: Callable[..., Any]) -> Callable[..., Any]:
         def watched(self: Editor, *args: Any, **kwargs: Any) -> Any:
@@ -211,4 +212,7 @@ def watched_edits() -> Iterator[set[str]]:
         yield changed
     finally:
         for name, method in original.items():
-            setattr(Editor, name, method)
+            if name in own:
+                setattr(Editor, name, method)
+            else:  # of its base
+                delattr(Editor, name)
