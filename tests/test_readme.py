@@ -57,6 +57,8 @@ def test_what_the_page_says_of_permuted_mnist_is_what_was_measured():
 
     def measured(network, name, measure, scale):
         arm = AUTOMATIC[network] if name == "ActivationReset" else name
+        if (network, arm, 0, 1) not in rows:
+            return ""  # it did not run there
         values = [float(rows[network, arm, seed, task][measure]) for seed in (0, 1) for task in range(81, 101)]
         return f"{scale * mean(values):.1f}"
 
