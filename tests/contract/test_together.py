@@ -221,11 +221,11 @@ def test_every_precision_in_every_shape(shape: type, precision: str) -> None:
 
 
 def test_one_examination_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_plasticity.engine import population
+    from lightning_plasticity.engine import known_units
 
     asked = []
-    explore = population.explore
-    monkeypatch.setattr(population, "explore", lambda *args, **kwargs: asked.append(args) or explore(*args, **kwargs))
+    explore = known_units.explore
+    monkeypatch.setattr(known_units, "explore", lambda *args, **kwargs: asked.append(args) or explore(*args, **kwargs))
     fit(*(CALLBACKS[name]() for name in ("ContinualBackprop", "ReDo", "PlasticityMonitor")), max_epochs=1)
     assert len(asked) == 1
 
