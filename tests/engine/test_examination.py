@@ -18,6 +18,7 @@ from contract.training import assert_same, hooks, layers, weights
 from torch import Tensor, nn
 
 from lightning_plasticity import ContinualBackprop, LayerReset, SoftWeightRescaling
+from lightning_plasticity.engine import forward
 from lightning_plasticity.engine.examination import Examination, Part
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.examining import undisturbed
@@ -124,7 +125,9 @@ def test_a_frozen_part_waits_until_it_is_trained() -> None:
 
 
 def test_compiled_code_waits_for_the_first_step_and_then_runs() -> None:
-    gc.collect()  # what other tests have left attached
+    gc.collect()
+    for reason in list(forward._reasons_to_run_eagerly):  # of what other tests have left attached, and still hold
+        forward._forget_reason(reason)
     model = Parts()
     compiled: list[Any] = []
 
