@@ -115,6 +115,9 @@ def on_rank(rank: int, ranks: int, port: int, count: int) -> dict[str, int]:
         outcomes[found.split()[0]] += 1
 
     case()
+    store.set(f"end of {rank}", "")
+    if rank == 0:  # its store is in this process, and others may still read from it
+        store.wait([f"end of {other}" for other in range(ranks)], PATIENCE)
     return dict(outcomes)
 
 
