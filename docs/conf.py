@@ -54,6 +54,10 @@ nitpick_ignore_regex = [
     # Signatures of what methods stand on also show classes that are nobody else's
     # business: they are shown without a link. So is one of torch's that its site lacks.
     ("py:class", rf"(lightning_plasticity\.({INSIDE})|torch\.utils\.hooks)\..*"),
+    (
+        "py:class",
+        r"KnownUnits|collections\.abc\.Collection",
+    ),  # the second is not in the inventory
     ("py:obj", r"typing\.Literal\[.*"),  # Sphinx cuts `Literal["a", "b"] | None` in two
 ]
 pictures.Figure = Figure  # which it imports for type checkers alone

@@ -25,7 +25,7 @@ class Population(KnownUnits):
     """What methods ask of their units: activations, weights and gradients, in flat arrays over units and columns.
 
     Args:
-        callback, units, exclude: see :class:`.KnownUnits`.
+        callback, units, exclude: see ``KnownUnits``.
         keep_inputs: hold what the readers read until the next step, for ``take_mean_distance``.
         reads_sizes: whether the mean sizes of activations are wanted, besides their means.
     """
