@@ -137,20 +137,13 @@ def test_home_made_layers_like_linear_ones_with_each_distribution(init):
     torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *ON_WEIGHTS])
 def test_home_made_layers_like_linear_ones(name):
+    make = (METHODS | ON_WEIGHTS)[name]
     plain = train(linear())
-    expected = train(linear(), METHODS[name]())
+    expected = train(linear(), make())
     assert any(not torch.allclose(a, b, atol=1e-3) for a, b in zip(plain, expected, strict=True))
-    torch.testing.assert_close(train(home_made(), METHODS[name]()), expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ON_WEIGHTS)
-def test_methods_on_weights_take_home_made_layers_as_linear_ones(name):
-    plain = train(linear())
-    expected = train(linear(), ON_WEIGHTS[name]())
-    assert any(not torch.allclose(a, b, atol=1e-3) for a, b in zip(plain, expected, strict=True))
-    torch.testing.assert_close(train(home_made(), ON_WEIGHTS[name]()), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(train(home_made(), make()), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_spectral_regularization_holds_the_norm_of_home_made_layers():
