@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import timm
 import torch
 import torch.distributed as dist
@@ -142,7 +143,7 @@ def peak(rank: int, make: Callable[[], PlasticityCallback] | None) -> float:
     torch.manual_seed(0)
     use_kernels(False)  # Numba alone takes more than all of this network
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model = nn.Sequential(*[nn.Sequential(nn.Linear(1536, 1536), nn.ReLU()) for _ in range(8)], nn.Linear(1536, 2))
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(2048, 2048), nn.ReLU()) for _ in range(8)], nn.Linear(2048, 2))
     mesh = init_device_mesh("cpu", (2,))
     for layer in model:
         fully_shard(layer, mesh=mesh)
@@ -151,14 +152,16 @@ def peak(rank: int, make: Callable[[], PlasticityCallback] | None) -> float:
     method = None if make is None else make().attach(model, optimizer)
     for _ in range(4):
         optimizer.zero_grad()
-        model(torch.randn(4, 1536)).square().mean().backward()
+        model(torch.randn(4, 2048)).square().mean().backward()
         optimizer.step()
         if method is not None:
             method.step()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 
 
-def test_a_rank_needs_hardly_more_memory(tmp_path: Path) -> None:
+def test_a_rank_needs_hardly_more_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The C library takes every tensor from the system and gives it back, and keeps no pieces: else the peak is chance.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     results = {}
     for name, make in {"none": None, "method": partial(ContinualBackprop, 1e-3, 1)}.items():
         (tmp_path / name).mkdir()
