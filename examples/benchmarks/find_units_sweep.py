@@ -184,7 +184,7 @@ def page(rows: list[dict]) -> str:
         f"{len(done)} of {len(rows)} networks finished; {totals['sets']:,} sets of units were found, of which "
         f"**{failed} failed** the property test. They are made by {totals['found']:,} of {totals['layers']:,} layers; "
         f"{totals['elsewhere']:,} others are on a residual stream, the output itself or not called: *could be* is what "
-        "is left. Networks that are missing were not done yet: the command goes on with them.",
+        "is left.",
         "",
         "*Units, %*: how much of all parameters belongs to units (rows, columns, biases and entries of norms). "
         "*Stream, %*: how much does not but is in layers on a residual stream. *Forwards*: the processor time of "

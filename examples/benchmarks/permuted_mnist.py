@@ -326,7 +326,7 @@ def draw_covariances(results: Path, tasks: int, picture: Path) -> None:
         axis.axis("off")
     for axis, (arm, covariance) in zip(axes.flat, maps.items(), strict=False):
         shown = axis.imshow(covariance, cmap="PuOr", vmin=-1, vmax=1)
-        axis.set_title(arm.replace(", rates", ",\nrates"), fontsize=9)
+        axis.set_title(arm.replace(", ", ",\n", 1), fontsize=9)
     figure.colorbar(shown, ax=axes, label="cosine of two gradients", shrink=0.8)
     figure.suptitle(f"50 images as task {tasks} begins, relu network, seed 0")
     figure.savefig(picture, dpi=110)
