@@ -90,8 +90,16 @@ def test_averages(dtype):
     assert torch.equal(averages[1], values[1])
 
 
+def in_groups() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, groups=2), nn.ReLU(), nn.Conv2d(4, 6, 1, groups=2)),
+        *(nn.ReLU(), nn.Flatten(), nn.Linear(96, 3)),
+    )
+
+
 @both_types
-@pytest.mark.parametrize("build", [mlp, convolutional])
+@pytest.mark.parametrize("build", [mlp, convolutional, in_groups])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_contributions(dtype, build, layout):
     model = build().to(dtype).to(memory_format=layout)
@@ -99,7 +107,7 @@ def test_contributions(dtype, build, layout):
 
     def of(are_on: bool) -> list[Tensor]:
         use_kernels(are_on)
-        x = some(2, *INPUT[build], dtype=dtype)
+        x = some(2, *(INPUT | {in_groups: (2, 8, 8)})[build], dtype=dtype)
         population = ContinualBackprop(seed=0).attach(model, example_inputs=(x,))._population
         sizes = some(population.columns, dtype=dtype).abs()
         every = range(len(population.sets))
@@ -193,6 +201,16 @@ def test_tensors_that_have_moved_are_found_again():
 )
 def test_what_kernels_leave_to_pytorch(tensors):
     assert Tensors(tensors).kernels() is None
+
+
+def test_tensors_that_are_large_together_are_left_to_several_threads():
+    halves = torch.ones(kernels.LARGE // 2 + 1), torch.ones(kernels.LARGE // 2)
+    torch.set_num_threads(2)
+    try:
+        assert Tensors(halves).kernels() is None
+    finally:
+        torch.set_num_threads(1)
+    assert Tensors(halves).kernels() is kernels
 
 
 def test_what_is_beside_must_be_laid_out_alike():
