@@ -325,6 +325,16 @@ def test_gradients_that_are_gone() -> None:
         method.step()
 
 
+def test_a_weight_that_is_not_finite_is_left_alone_and_it_says_so() -> None:
+    model = seeded(Network)
+    with torch.no_grad():
+        model.net.first.weight[0, 0] = math.inf
+    before = snapshot(model)
+    with pytest.warns(UserWarning, match="leaves 'net.first.weight' alone where its weights or their gradients"):
+        SelectiveReinit(0.5, zero_biases=False).attach(model)
+    assert set(changed(model, before)) == {"net.second.weight", "net.head.weight"}
+
+
 # ---- where
 
 

@@ -36,3 +36,5 @@ def test_special_cases():
     assert torch.isnan(ntk_rank(model, torch.full((2, 3), float("nan"))))
     with pytest.raises(ValueError, match="at least one"):
         ntk_rank(model, torch.zeros(0, 3))
+    with pytest.raises(ValueError, match="summary must be one of 'energy', 'effective', got 'stable'"):
+        ntk_rank(model, torch.eye(3), "stable")
