@@ -111,6 +111,11 @@ class Notes(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class NotesWithoutIndex(Notes):
+    def training_step(self, batch):
+        return super().training_step(batch, 0)
+
+
 def loader(shuffle: bool = True) -> DataLoader:
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(2))
     generator = torch.Generator().manual_seed(3) if shuffle else None
@@ -147,8 +152,9 @@ def test_in_a_trainer_its_own_data_in_their_order_and_nothing_but_weights_is_cha
 
 
 @pytest.mark.filterwarnings("ignore:::lightning.pytorch")
-def test_in_a_trainer_the_same_as_with_data_and_loss_by_hand():
-    own, by_hand = Notes(), Notes()
+@pytest.mark.parametrize("kind", [Notes, NotesWithoutIndex])
+def test_in_a_trainer_the_same_as_with_data_and_loss_by_hand(kind):
+    own, by_hand = kind(), kind()
     for module in (own, by_hand):
         module.net[3].p = 0.0
     data = list(loader(shuffle=False))

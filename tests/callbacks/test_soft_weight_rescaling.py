@@ -471,13 +471,14 @@ class Averaged(nn.Module):
 
 
 @pytest.mark.parametrize("is_in_optimizer", [False, True])
-def test_what_others_move_is_left_to_them(is_in_optimizer):
+@pytest.mark.parametrize("lr_drop", [None, 0.5])
+def test_what_others_move_is_left_to_them(is_in_optimizer, lr_drop):
     """A target network is frozen, or belongs to no optimizer: what it is set to stays, until it is trained."""
     model = Averaged()
     if is_in_optimizer:
         model.target.requires_grad_(False)
     optimizer = torch.optim.SGD((model if is_in_optimizer else model.online).parameters(), lr=0.1)
-    method = SoftWeightRescaling(0.5).attach(model, optimizer)
+    method = SoftWeightRescaling(0.5, rebase_on_lr_drop=lr_drop).attach(model, optimizer)
 
     def step() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         optimizer.zero_grad()
