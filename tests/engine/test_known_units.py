@@ -1,0 +1,58 @@
+"""Units of layers that are frozen at first: a warning where there are no others, and they are worked on when thawed."""
+
+import pytest
+import torch
+from callbacks.streams import INPUT, mlp, train
+from torch import nn
+
+from lightning_plasticity import ContinualBackprop
+
+
+def test_frozen_layers_stay_and_are_worked_on_when_they_are_thawed():
+    model = mlp()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    before = model[0].weight.clone()
+    method = ContinualBackprop(0.5, 0).attach(model, optimizer, example_inputs=(torch.zeros(1, 6).double(),))
+    train(model, optimizer, method.step, INPUT[mlp], 5)
+    assert torch.equal(model[0].weight, before)
+    assert method.replaced > 0
+    model[2].requires_grad_(False)
+    method.detach()
+    method = ContinualBackprop(0.5, 0)
+    with pytest.warns(UserWarning, match="has nothing to do yet, .* Frozen, or in no optimizer: '0', '2'"):
+        method.attach(model, optimizer, example_inputs=(torch.zeros(1, 6).double(),))
+    train(model, optimizer, method.step, INPUT[mlp], 2)
+    assert method.replaced == 0
+    model[:3].requires_grad_(True)
+    optimizer.add_param_group({"params": model[0].parameters()})
+    train(model, optimizer, method.step, INPUT[mlp], 5)
+    assert method.replaced > 0
+    assert not torch.equal(model[0].weight, before)
+
+
+def test_parts_that_are_frozen_at_first_are_taken_in_when_they_are_thawed():
+    """The backbone is called as a part and wholly frozen, the head has no hidden units."""
+    model = nn.ModuleDict({"backbone": mlp(), "head": nn.Linear(3, 3).double()})
+    model["backbone"].requires_grad_(False)
+    optimizer = torch.optim.SGD(model["head"].parameters(), lr=0.01)
+    method = ContinualBackprop(0.5, 0).attach(model, optimizer)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model["head"](model["backbone"](torch.randn(4, 6).double())).square().sum().backward()
+        optimizer.step()
+        method.step()
+
+    with pytest.warns(UserWarning, match="has nothing to do yet"):
+        step()
+    saved = method.state_dict()
+    step()
+    assert method.replaced == 0
+    model["backbone"].requires_grad_(True)
+    optimizer.add_param_group({"params": model["backbone"].parameters()})
+    for _ in range(5):
+        step()
+    assert method.replaced > 0
+    method.load_state_dict(saved)
+    assert method.replaced == 0
