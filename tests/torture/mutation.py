@@ -36,7 +36,7 @@ def stages(file: str) -> list[list[str]]:
     found = [[f"lightning_plasticity/{file}", *sorted(path.relative_to(ROOT).as_posix() for path in own)]]
     is_method = (ROOT / "lightning_plasticity" / "callbacks" / name).exists() and stem != "monitor"
     if room and not is_method:
-        found.append([f"tests/{room}" if (ROOT / "tests" / room).is_dir() else "tests/callbacks/test_monitor.py"])
+        found.append(of_room(room))
     if tests := [*of_users(file)]:
         found.append(tests)
     if room in MEASURES:
@@ -44,6 +44,13 @@ def stages(file: str) -> list[list[str]]:
     # A method's class has the file's name; what serves all methods is asked of some.
     methods = ["-k", stem.replace("_", "") if is_method else " or ".join(SOME_METHODS)]
     return [*found, [*CONTRACT, *methods], ["tests/faults", "tests/test_checks.py", *methods]]
+
+
+def of_room(room: str) -> list[str]:
+    """The tests of a room; those of the monitor where it has none of its own."""
+    if (ROOT / "tests" / room).is_dir():
+        return [f"tests/{room}"]
+    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("callbacks/test_monitor*.py"))
 
 
 def of_users(file: str) -> Iterator[str]:
