@@ -183,6 +183,8 @@ def by_unit(inputs: Tensor, entries: Tensor, dim: int) -> Tensor:
         >>> by_unit(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[0, 1], [2, 3]]), -1)
         tensor([[[1., 3.],
                  [2., 4.]]])
+        >>> by_unit(torch.tensor([[1.0, 2.0]]), torch.tensor([[1], [0]]), -1)
+        tensor([[2., 1.]])
     """
     inputs = inputs.unsqueeze(0) if inputs.ndim == -dim else inputs
     channels_last = inputs.movedim(dim, -1)
