@@ -151,7 +151,7 @@ def lanczos_eigenvalues(times: Product, start: Tensor, steps: int) -> Tensor:
         if k + 1 == steps:
             break
         # Where less is left than rounding, the products lead nowhere new: on with a direction of chance.
-        if length > 100 * torch.finfo(start.dtype).eps * max(matrix.abs().max().item(), product.norm().item()):
+        if length > 100 * torch.finfo(start.dtype).eps * product.norm().item():
             matrix[k, k + 1] = matrix[k + 1, k] = length
         else:
             fresh = torch.randn(start.numel(), generator=generator).to(start)
