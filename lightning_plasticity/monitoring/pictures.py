@@ -32,9 +32,8 @@ def picture(name: str, metric: Metric, history: Sequence[Record], matrix: Tensor
     draw(shown, axes, name=name, low=metric.plot_lower_bound, high=metric.plot_upper_bound)
     for line in axes.lines:
         line.set_xdata([step for step, _ in history])
-    if axes.lines:
-        axes.relim()
-        axes.autoscale_view(scaley=False)
+    axes.relim()
+    axes.autoscale_view(scaley=False)
     return figure
 
 
