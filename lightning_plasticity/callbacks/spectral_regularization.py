@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +15,12 @@ from lightning_plasticity.editing.editable import check_editable
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.functional.spectral_regularization import (
-    length_and_direction,
+    lengths_and_directions,
     outer,
     spectral_step,
-    squared_length,
     times_columns,
     times_rows,
-    vector_step,
+    vector_factor,
 )
 from lightning_plasticity.layers.trained import LayerWeights, together
 from lightning_plasticity.layers.weights import LayerPatterns, find_bias, find_norm_parameters, weights_in_words
@@ -129,44 +128,63 @@ class SpectralRegularization(PlasticityCallback):
     @override
     def _after_step(self, optimizer: Optimizer | None) -> None:
         assert optimizer is not None, "_start refuses a loop without optimizers"
-        trained: list[Tensor] = []
-        rates: list[Tensor | float] = []
+        matrices: list[Tensor] = []
+        vectors: list[Tensor] = []
+        rates: dict[Tensor, Tensor | float] = {}
         for group in optimizer.param_groups:
+            rate = group["lr"] * self.coefficient
             own = [p for p in group["params"] if p.requires_grad and (p in self._left or p in self._targets)]
-            trained += own
-            rates += [group["lr"] * self.coefficient] * len(own)
-        pairs = zip(trained, self.editor.precise(trained), strict=True)
-        values = [value - self._targets[p] if p in self._targets else value for p, value in pairs]
-        self.editor.add(trained, self._steps(trained, values, rates))
+            matrices += [p for p in own if p in self._left]
+            vectors += [p for p in own if p not in self._left]
+            rates |= dict.fromkeys(own, rate)
+        trained = [*matrices, *vectors]
+        values = self.editor.precise(trained)
+        parts = [Part(v, part_of(p).layout) for p, v in zip(matrices, values[: len(matrices)], strict=True)]
+        distances = [*values[len(matrices) :]]
+        if vectors:
+            distances = [*torch._foreach_sub(distances, [self._targets[p] for p in vectors])]
+        self.editor.add(trained, self._steps(matrices, parts, vectors, distances, rates))
 
     def _steps(
-        self, trained: Sequence[Tensor], values: Sequence[Tensor], rates: Sequence[Tensor | float]
+        self,
+        matrices: Sequence[Tensor],
+        parts: Sequence[Part],
+        vectors: Sequence[Tensor],
+        distances: list[Tensor],
+        rates: Mapping[Tensor, Tensor | float],
     ) -> list[Tensor]:
         """What to add to the parts that are here. Where parameters are shared out, two messages go to all ranks."""
-        parts = [Part(value, part_of(p).layout) for p, value in zip(trained, values, strict=True)]
-        matrices = [i for i, parameter in enumerate(trained) if parameter in self._left]
-        sums = sum_over_shards(
-            [
-                times_columns(part, self._left[p]) if p in self._left else squared_length(part.local)
-                for p, part in zip(trained, parts, strict=True)
-            ],
-            trained,
-        )
-        rights = {i: length_and_direction(sums[i])[1] for i in matrices}
-        products = sum_over_shards([times_rows(parts[i], rights[i]) for i in matrices], [trained[i] for i in matrices])
-        sigmas = []
-        for i, product in zip(matrices, products, strict=True):
-            sigma, self._left[trained[i]] = length_and_direction(product, self._left[trained[i]])
-            sigmas.append(sigma)
-        steps: dict[int, Tensor] = {}
-        for places, batch in together(sigmas, [rates[i] for i in matrices]):
-            alike = [matrices[place] for place in places]
-            for i, step in zip(alike, spectral_step(batch, rates[alike[0]], self.power), strict=True):
-                steps[i] = outer(parts[i], self._left[trained[i]], rights[i]) * step
-        return [
-            steps[i] if i in steps else vector_step(part.local, sums[i], rates[i], self.power)
-            for i, part in enumerate(parts)
-        ]
+        products = [times_columns(part, self._left[p]) for p, part in zip(matrices, parts, strict=True)]
+        norms = torch._foreach_norm(distances) if vectors else ()
+        squares = [*torch._foreach_mul(norms, norms)] if vectors else []
+        sums = sum_over_shards([*products, *squares], [*matrices, *vectors])
+        steps = self._matrix_steps(matrices, parts, sums[: len(matrices)], rates) if matrices else []
+        factors: list[Tensor] = [*squares]
+        for places, batch in together(sums[len(matrices) :], [rates[p] for p in vectors]):
+            found = vector_factor(batch, rates[vectors[places[0]]], self.power)
+            for place, factor in zip(places, found.unbind(), strict=True):
+                factors[place] = factor
+        return [*steps, *(torch._foreach_mul(distances, factors) if vectors else ())]
+
+    def _matrix_steps(
+        self,
+        matrices: Sequence[Tensor],
+        parts: Sequence[Part],
+        products: list[Tensor],
+        rates: Mapping[Tensor, Tensor | float],
+    ) -> list[Tensor]:
+        """What to add to the parts of matrices, whose products with the vectors on the left these are."""
+        _, rights = lengths_and_directions(products)
+        own = [times_rows(part, right) for part, right in zip(parts, rights, strict=True)]
+        sigmas, lefts = lengths_and_directions(sum_over_shards(own, matrices))
+        moves: list[Tensor] = [*sigmas]
+        for places, batch in together(sigmas, [rates[p] for p in matrices]):
+            found = spectral_step(batch, rates[matrices[places[0]]], self.power)
+            for place, move, has_direction in zip(places, found.unbind(), (batch > 0).unbind(), strict=True):
+                weight, moves[place] = matrices[place], move
+                self._left[weight] = torch.where(has_direction, lefts[place], self._left[weight])
+        scaled = torch._foreach_mul([self._left[p] for p in matrices], moves)
+        return [outer(part, left, right) for part, left, right in zip(parts, scaled, rights, strict=True)]
 
     @override
     def _state(self) -> dict[str, Any]:

@@ -56,16 +56,16 @@ def _columns_of(part: Part, right: Tensor) -> Tensor:
     return part.take(right.view(1, *part.shape[1:]), *range(1, len(part.shape))).flatten()
 
 
-def length_and_direction(product: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The length of a vector, and the vector with length 1: where it is 0, as it was before, or 0.
+def lengths_and_directions(products: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The lengths of vectors, and the vectors with length 1, or 0 where they are 0.
 
     Example:
-        >>> length_and_direction(torch.tensor([3.0, 4.0]))
-        (tensor(5.), tensor([0.6000, 0.8000]))
+        >>> lengths_and_directions([torch.tensor([3.0, 4.0]), torch.zeros(1)])
+        ([tensor(5.), tensor(0.)], [tensor([0.6000, 0.8000]), tensor([0.])])
     """
-    length = torch.linalg.vector_norm(product)
-    direction = product / length.clamp(min=torch.finfo(product.dtype).tiny)
-    return length, direction if before is None else torch.where(length > 0, direction, before)
+    lengths = torch._foreach_norm(products)
+    above_zero = torch._foreach_clamp_min(lengths, [torch.finfo(product.dtype).tiny for product in products])
+    return list(lengths), list(torch._foreach_div(products, above_zero))
 
 
 def spectral_step(sigma: Tensor, rate: Tensor | float, power: int = 2) -> Tensor:
@@ -86,30 +86,18 @@ def spectral_step(sigma: Tensor, rate: Tensor | float, power: int = 2) -> Tensor
     return torch.minimum(step.abs(), (1 - sigma).abs()) * (1 - sigma).sign()
 
 
-def squared_length(values: Tensor) -> Tensor:
-    r"""What entries of a vector add to :math:`\|b\|^2`.
+def vector_factor(square: Tensor, rate: Tensor | float, power: int = 2) -> Tensor:
+    r"""How far the penalty :math:`\|b\|^{2k}` moves a vector, as a multiple of it: :math:`-2 e k \|b\|^{2k-2}`.
 
-    Example:
-        >>> squared_length(torch.tensor([3.0, 4.0]))
-        tensor(25.)
-    """
-    return values.to(torch.promote_types(values.dtype, torch.float32)).square().sum()
-
-
-def vector_step(values: Tensor, square: Tensor, rate: Tensor | float, power: int = 2) -> Tensor:
-    r"""How far the penalty :math:`\|b\|^{2k}` moves a vector: :math:`-2 e k \|b\|^{2k-2} \, b`, and never past 0.
+    Never past 0.
 
     Args:
-        values: :math:`b`, or some of its entries.
         square: :math:`\|b\|^2`.
         rate: :math:`e`.
         power: :math:`k`.
 
     Example:
-        >>> vector_step(torch.tensor([3.0, 4.0]), torch.tensor(25.0), 0.001)
-        tensor([-0.3000, -0.4000])
-        >>> vector_step(torch.tensor([3.0, 4.0]), torch.tensor(25.0), 1.0)
-        tensor([-3., -4.])
+        >>> vector_factor(torch.tensor(25.0), 0.001), vector_factor(torch.tensor(25.0), 1.0)
+        (tensor(-0.1000), tensor(-1.))
     """
-    factor = (2 * rate * power * square ** (power - 1)).clamp(max=1.0)
-    return (values.to(square.dtype) * -factor).to(values.dtype)
+    return (-2 * rate * power * square ** (power - 1)).clamp(min=-1.0)

@@ -6,7 +6,7 @@ from torch import nn
 from callbacks.streams import INPUT, convolutional, mlp, train
 from lightning_plasticity import SpectralRegularization
 from lightning_plasticity.functional.spectral_regularization import (
-    length_and_direction,
+    lengths_and_directions,
     outer,
     spectral_step,
     times_columns,
@@ -94,24 +94,38 @@ def test_what_is_drawn_and_what_stays():
     assert changed(biases=False, norms=False, include=["1", "3"], exclude="3") == {"1.weight"}
 
 
-def test_power_iteration_finds_the_largest_singular_value_and_survives_zeros():
+def test_power_iteration_finds_the_largest_singular_value():
     torch.manual_seed(0)
     matrix, left = torch.randn(5, 7, dtype=torch.float64), torch.nn.functional.normalize(torch.ones(5).double(), dim=0)
 
     def iterate(matrix: torch.Tensor, left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        _, right = length_and_direction(times_columns(part_of(matrix), left))
-        return *length_and_direction(times_rows(part_of(matrix), right), left), right
+        _, [right] = lengths_and_directions([times_columns(part_of(matrix), left)])
+        [sigma], [left] = lengths_and_directions([times_rows(part_of(matrix), right)])
+        return sigma, left, right
 
     for _ in range(500):
         sigma, left, right = iterate(matrix, left)
     torch.testing.assert_close(sigma, torch.linalg.matrix_norm(matrix, 2))
     torch.testing.assert_close(left @ matrix @ right, sigma)
     torch.testing.assert_close(outer(part_of(matrix), left, right), torch.outer(left, right))
-    sigma, same, right = iterate(torch.zeros(5, 7, dtype=torch.float64), left)
-    assert torch.equal(same, left)
+    sigma, left, right = iterate(torch.zeros(5, 7, dtype=torch.float64), left)
     assert not sigma
+    assert not left.any()
     assert not right.any()
     assert not spectral_step(sigma, 0.1)
+
+
+def test_a_matrix_of_zeros_keeps_its_vector():
+    model = nn.Linear(3, 2).double()
+    nn.init.zeros_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = SpectralRegularization(0.1).attach(model, optimizer)
+    before = method.state_dict()["method"]["left"]["weight"]
+    model.weight.grad = torch.zeros_like(model.weight)
+    optimizer.step()
+    method.step()
+    assert torch.equal(method.state_dict()["method"]["left"]["weight"], before)
+    assert torch.linalg.vector_norm(before).item() == pytest.approx(1.0)
 
 
 def test_what_cannot_work_is_refused():
