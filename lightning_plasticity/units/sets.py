@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
+
+from lightning_plasticity import checks
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,3 +49,36 @@ class HiddenUnits:
     consumers: tuple[Slots, ...]
     activation: str | None
     exact: bool
+
+    def grouped(self, size: int) -> HiddenUnits:
+        """Groups of neighbouring units as one unit each, for methods to judge and renew together.
+
+        So whole heads of attention are units: the value channels of a head follow each other.
+
+        Args:
+            size: how many units make one; for heads, the width of a head.
+
+        Example:
+            >>> import torch
+            >>> from lightning_plasticity import find_units
+            >>> model = torch.nn.MultiheadAttention(8, num_heads=2)
+            >>> [values] = find_units(model, *[torch.randn(3, 8)] * 3)
+            >>> values.size, values.grouped(4).size
+            (8, 2)
+        """
+        if self.size % checks.count("size", size, least=1):
+            raise ValueError(
+                f"The {self.size} units of {self.name!r} are no whole number of groups of {size}. Give a size that "
+                "divides them."
+            )
+
+        def of_groups(part: tuple[Slots, ...]) -> tuple[Slots, ...]:
+            return tuple(replace(slots, unit=slots.unit // size) for slots in part)
+
+        return replace(
+            self,
+            size=self.size // size,
+            producers=of_groups(self.producers),
+            norms=of_groups(self.norms),
+            consumers=of_groups(self.consumers),
+        )

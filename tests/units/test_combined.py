@@ -229,6 +229,42 @@ def test_values_of_torchs_attention(name):
         assert found.left_out[f"attention.{part}"] == "its units reach the scores of attention, which mix them"
 
 
+def test_heads_are_units_with_their_queries_and_keys_too():
+    torch.manual_seed(0)
+    model = attention()
+    [values] = explore(model, TOKENS, {}).units
+    heads = values.grouped(4)
+    assert heads.size == 2
+    assert invalid(model, TOKENS, [heads]) == []
+    rows = torch.arange(8)
+    scores = tuple(Slots(f"attention.{part}", rows, rows // 4) for part in ("q_proj", "k_proj"))
+    whole = replace(heads, producers=(*heads.producers, *scores))
+    assert invalid(model, TOKENS, [whole]) == []
+    assert invalid(model, TOKENS, [replace(values, producers=(*values.producers, Slots(scores[0].module, rows, rows)))])
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    method = lp.ContinualBackprop(0.5, 1, units=[whole], compensate_bias=False).attach(model, optimizer)
+    before = model.attention.in_proj_weight.detach().clone()
+    for _ in range(2):
+        model(*TOKENS).sum().backward()
+        optimizer.step()
+        method.step()
+    renewed = (model.attention.in_proj_weight != before).all(1).view(3, 2, 4)  # of queries, keys and values: heads
+    assert sorted(renewed.flatten(2).all(2)[0].tolist()) == [False, True]
+    assert torch.equal(renewed.all(2), renewed.any(2))
+    assert torch.equal(renewed[0], renewed[1])
+    assert torch.equal(renewed[0], renewed[2])
+    assert torch.equal((model.attention.out_proj.weight == 0).all(0), renewed[0].flatten())
+
+
+def test_groups_must_divide_the_units():
+    [values] = explore(attention(), TOKENS, {}).units
+    with pytest.raises(ValueError, match=r"The 8 units of 'attention.v_proj' are no whole number of groups of 3"):
+        values.grouped(3)
+    with pytest.raises(ValueError, match="size"):
+        values.grouped(0)
+
+
 def test_torchs_transformer():
     torch.manual_seed(0)
     model = randomised(Function(lambda s, x: s.t(x, x + 1), t=nn.Transformer(8, 2, 1, 1, 16, batch_first=True)))
