@@ -80,6 +80,7 @@ def test_rank_one():
 def test_zeros_have_rank_0_and_one_sample_rank_1():
     for rank in (effective_rank, stable_rank, feature_rank):
         assert rank(torch.zeros(5, 3)).item() == 0
+        assert rank(torch.zeros(5, 1)).item() == 0
         assert rank(torch.tensor([[1.0, 2.0, 3.0]])).item() == pytest.approx(1, abs=1e-12)
 
 

@@ -298,6 +298,17 @@ def test_a_mixing_norm_that_others_pass_too_makes_a_set_inexact():
     assert not last.exact
 
 
+def test_units_before_a_norm_that_refuses_nan():
+    class CheckedNorm(RmsNormAct):
+        def forward(self, x):
+            if x.isnan().any():
+                raise ValueError("not a number")
+            return super().forward(x)
+
+    (units,) = find_units(randomised(nn.Sequential(nn.Linear(6, 8), CheckedNorm(8), nn.Linear(8, 3))), *VECTOR)
+    assert (units.size, units.exact, modules(units.consumers)) == (8, False, ["2"])
+
+
 def test_a_norm_that_holds_its_activation():
     (units,) = find_units(randomised(norm_with_activation()), *VECTOR)
     assert (units.exact, units.activation, modules(units.norms)) == (False, "gelu", ["1"])
