@@ -141,9 +141,8 @@ class HareAndTortoise(ScheduledCallback):
 
     @override
     def _act(self) -> None:
-        own = self._not_of_others(self._stepped_last) if self._stepped_last is not None else {*self._fast.values()}
         trained = self._due()  # a target network is left to who moves it
-        names = [n for n, t in self._fast.items() if t in own and (n in self._buffers or id(t) in trained)]
+        names = [name for name, tensor in self._fast.items() if name in self._buffers or id(tensor) in trained]
         self.editor.write(
             [self._fast[name] for name in names], [local(self._slow[name]).to(self._fast[name].dtype) for name in names]
         )

@@ -56,3 +56,18 @@ def test_parts_that_are_frozen_at_first_are_taken_in_when_they_are_thawed():
     assert method.replaced > 0
     method.load_state_dict(saved)
     assert method.replaced == 0
+
+
+def test_a_step_of_one_optimizer_counts_for_the_units_that_it_trains():
+    model = mlp()
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.0) for part in (model[:2], model[2:])]
+    method = ContinualBackprop(0.5, 0, compensate_bias=False)
+    method.attach(model, optimizers, example_inputs=(torch.zeros(1, 6).double(),))
+    first, last = model[0].weight.detach().clone(), model[4].weight.detach().clone()
+    train(model, optimizers[0], method.step, INPUT[mlp], 3)
+    assert not torch.equal(model[0].weight, first)
+    assert torch.equal(model[4].weight, last)
+    first = model[0].weight.detach().clone()
+    train(model, optimizers[1], method.step, INPUT[mlp], 3)
+    assert torch.equal(model[0].weight, first)
+    assert not torch.equal(model[4].weight, last)

@@ -40,7 +40,7 @@ def stages(file: str) -> list[list[str]]:
     if tests := [*of_users(file)]:
         found.append(tests)
     if room in MEASURES:
-        return found
+        return [*found, ["tests/faults/test_measures.py"]]
     # A method's class has the file's name; what serves all methods is asked of some.
     methods = ["-k", stem.replace("_", "") if is_method else " or ".join(SOME_METHODS)]
     return [*found, [*CONTRACT, *methods], ["tests/faults", "tests/test_checks.py", *methods]]

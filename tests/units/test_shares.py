@@ -11,7 +11,19 @@ from lightning_plasticity.units import explore
 from lightning_plasticity.units.find import table
 from units.property_check import columns
 from units.test_combined import attention, classifier
-from units.test_find import IMAGE, NETWORKS, TOKENS, residual
+from units.test_find import IMAGE, NETWORKS, TOKENS, VECTOR, Function, residual
+
+
+def halves():
+    """Half of each hidden layer goes to the output, and half of what the second reads is the input."""
+
+    def forward(s, x):
+        h = s.first(x)
+        y = s.second(torch.cat([h[:, :4].relu(), x], 1))
+        return torch.cat([s.last(y[:, :4].relu()), h[:, 4:], y[:, 4:]], 1)
+
+    return Function(forward, first=nn.Linear(6, 8), second=nn.Linear(10, 8), last=nn.Linear(4, 2))
+
 
 CASES = {
     **{
@@ -20,6 +32,7 @@ CASES = {
     },
     "recurrent": (lambda: classifier(nn.GRU, 12, num_layers=2, bidirectional=True), TOKENS),
     "attention": (attention, TOKENS),
+    "halves": (halves, VECTOR),
     "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(3, 5, 2), nn.ConvTranspose2d(5, 2, 2)), IMAGE),
 }
 
