@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -14,7 +15,7 @@ from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.engine.examination import Part
 from lightning_plasticity.functional.parseval_regularization import parseval_update
 from lightning_plasticity.layers.flow import flow_in
-from lightning_plasticity.layers.trained import LayerWeights, together
+from lightning_plasticity.layers.trained import LayerWeights, by_groups
 from lightning_plasticity.layers.weights import LayerPatterns, has_inputs_first, weights_in_words
 from lightning_plasticity.names import submodule
 from lightning_plasticity.shards import is_shared_out, part_of, shared_out_as, whole
@@ -139,10 +140,9 @@ class ParsevalRegularization(PlasticityCallback):
                 if is_shared_out(weight):
                     updates[weight] = self._update_of_part(weight, value, rate)
             held = [weight for weight in weights if weight not in updates]
-            for places, batch in together([values[w].flatten(1) for w in held], [self._strengths[w] for w in held]):
-                alike = [held[place] for place in places]
-                found = parseval_update(batch, rate * self._strengths[alike[0]], self.target)
-                updates.update((w, update.view(w.shape)) for w, update in zip(alike, found, strict=True))
+            matrices, strengths = [values[w].flatten(1) for w in held], [self._strengths[w] for w in held]
+            found = by_groups(partial(self._update, rate), matrices, strengths)
+            updates.update((w, update.view(w.shape)) for w, update in zip(held, found, strict=True))
             self.editor.add(weights, [updates[weight] for weight in weights])
 
     def _strength(self, weight: Tensor, name: str) -> float:
@@ -151,8 +151,11 @@ class ParsevalRegularization(PlasticityCallback):
         outputs = weight.shape[1 if has_inputs_first(self.model, name) else 0]
         return self.coefficient * (self.reference_width / outputs) ** 2
 
+    def _update(self, rate: Tensor | float, matrices: Tensor, strength: float) -> Tensor:
+        return parseval_update(matrices, rate * strength, self.target)
+
     def _update_of_part(self, weight: Tensor, value: Tensor, rate: Tensor | float) -> Tensor:
         """What to add to the part of a weight that is here, whose value this is."""
         matrix = whole(shared_out_as(weight, value)).flatten(1)
-        update = parseval_update(matrix, rate * self._strengths[weight], self.target)
+        update = self._update(rate, matrix, self._strengths[weight])
         return part_of(weight).take(update.view(weight.shape))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from lightning_plasticity.functional.spectral_regularization import (
     times_rows,
     vector_factor,
 )
-from lightning_plasticity.layers.trained import LayerWeights, together
+from lightning_plasticity.layers.trained import LayerWeights, by_groups
 from lightning_plasticity.layers.weights import LayerPatterns, find_bias, find_norm_parameters, weights_in_words
 from lightning_plasticity.shards import Part, part_of, sum_over_shards
 
@@ -159,11 +160,8 @@ class SpectralRegularization(PlasticityCallback):
         squares = [*torch._foreach_mul(norms, norms)] if vectors else []
         sums = sum_over_shards([*products, *squares], [*matrices, *vectors])
         steps = self._matrix_steps(matrices, parts, sums[: len(matrices)], rates) if matrices else []
-        factors: list[Tensor] = [*squares]
-        for places, batch in together(sums[len(matrices) :], [rates[p] for p in vectors]):
-            found = vector_factor(batch, rates[vectors[places[0]]], self.power)
-            for place, factor in zip(places, found.unbind(), strict=True):
-                factors[place] = factor
+        factor = partial(vector_factor, power=self.power)
+        factors = by_groups(factor, sums[len(matrices) :], [rates[p] for p in vectors])
         return [*steps, *(torch._foreach_mul(distances, factors) if vectors else ())]
 
     def _matrix_steps(
@@ -177,12 +175,11 @@ class SpectralRegularization(PlasticityCallback):
         _, rights = lengths_and_directions(products)
         own = [times_rows(part, right) for part, right in zip(parts, rights, strict=True)]
         sigmas, lefts = lengths_and_directions(sum_over_shards(own, matrices))
-        moves: list[Tensor] = [*sigmas]
-        for places, batch in together(sigmas, [rates[p] for p in matrices]):
-            found = spectral_step(batch, rates[matrices[places[0]]], self.power)
-            for place, move, has_direction in zip(places, found.unbind(), (batch > 0).unbind(), strict=True):
-                weight, moves[place] = matrices[place], move
-                self._left[weight] = torch.where(has_direction, lefts[place], self._left[weight])
+        each = [rates[p] for p in matrices]
+        moves = by_groups(partial(spectral_step, power=self.power), sigmas, each)
+        have_directions = by_groups(lambda sigma, _: sigma > 0, sigmas, each)
+        for weight, left, has_direction in zip(matrices, lefts, have_directions, strict=True):
+            self._left[weight] = torch.where(has_direction, left, self._left[weight])
         scaled = torch._foreach_mul([self._left[p] for p in matrices], moves)
         return [outer(part, left, right) for part, left, right in zip(parts, scaled, rights, strict=True)]
 

@@ -160,17 +160,8 @@ def renamed(units: HiddenUnits, prefix: str) -> HiddenUnits:
     """The same units, named from a module further out."""
     if not prefix:
         return units
-
-    def moved(part: tuple[Slots, ...]) -> tuple[Slots, ...]:
-        return tuple(changed(slots, module=prefix + slots.module) for slots in part)
-
-    return changed(
-        units,
-        name=prefix + units.name,
-        producers=moved(units.producers),
-        norms=moved(units.norms),
-        consumers=moved(units.consumers),
-    )
+    moved = units.with_slots(lambda slots: changed(slots, module=prefix + slots.module))
+    return changed(moved, name=prefix + units.name)
 
 
 def check_units(model: nn.Module, units: HiddenUnits) -> dict[str, LayerView]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence, Set
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -12,25 +12,32 @@ from torch.optim import Optimizer
 
 from lightning_plasticity.layers.weights import LayerPatterns, find_weights
 
+K = TypeVar("K")
 
-def together(tensors: Sequence[Tensor], keys: Sequence[Any]) -> Iterator[tuple[list[int], Tensor]]:
-    """Groups tensors of one shape, type, device and key: on an accelerator as many operations as groups do for all.
 
-    Yields:
-        The places of the tensors of a group, and these in one tensor, as its first dimension.
+def by_groups(function: Callable[[Tensor, K], Tensor], tensors: Sequence[Tensor], keys: Sequence[K]) -> list[Tensor]:
+    """What a function makes of each tensor: on an accelerator as many operations as groups do for all.
+
+    Args:
+        function: of the tensors of one shape, type, device and key in one tensor, as its first dimension, and the key.
+        tensors: any.
+        keys: one for each tensor.
 
     Example:
         >>> import torch
-        >>> tensors = [torch.zeros(2), torch.zeros(3), torch.ones(2)]
-        >>> [(places, values.shape) for places, values in together(tensors, ["a", "a", "a"])]
-        [([0, 2], torch.Size([2, 2])), ([1], torch.Size([1, 3]))]
+        >>> by_groups(torch.mul, [torch.ones(2), torch.ones(1), torch.zeros(2)], [3.0, 2.0, 3.0])
+        [tensor([3., 3.]), tensor([2.]), tensor([0., 0.])]
     """
     groups: dict[Any, list[int]] = {}
     for place, (tensor, key) in enumerate(zip(tensors, keys, strict=True)):
         groups.setdefault((tensor.shape, tensor.dtype, tensor.device, key), []).append(place)
+    results = [*tensors]
     for places in groups.values():
         one = tensors[places[0]]
-        yield places, one.unsqueeze(0) if len(places) == 1 else torch.stack([tensors[place] for place in places])
+        batch = one.unsqueeze(0) if len(places) == 1 else torch.stack([tensors[place] for place in places])
+        for place, result in zip(places, function(batch, keys[places[0]]).unbind(), strict=True):
+            results[place] = result
+    return results
 
 
 class LayerWeights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -72,13 +73,14 @@ class HiddenUnits:
                 "divides them."
             )
 
-        def of_groups(part: tuple[Slots, ...]) -> tuple[Slots, ...]:
-            return tuple(replace(slots, unit=slots.unit // size) for slots in part)
+        of_groups = self.with_slots(lambda slots: replace(slots, unit=slots.unit // size))
+        return replace(of_groups, size=self.size // size)
 
+    def with_slots(self, change: Callable[[Slots], Slots]) -> HiddenUnits:
+        """The same units, with each of their slots changed."""
         return replace(
             self,
-            size=self.size // size,
-            producers=of_groups(self.producers),
-            norms=of_groups(self.norms),
-            consumers=of_groups(self.consumers),
+            producers=tuple(map(change, self.producers)),
+            norms=tuple(map(change, self.norms)),
+            consumers=tuple(map(change, self.consumers)),
         )

@@ -1,4 +1,4 @@
-"""Units of layers that are frozen at first: a warning where there are no others, and they are worked on when thawed."""
+"""Which of the known units are worked on: those whose layers are thawed, by the optimizer that trains them."""
 
 import pytest
 import torch
