@@ -16,7 +16,7 @@ from lightning_plasticity.engine.unit_callback import UnitCallback
 from lightning_plasticity.engine.unit_sets import UnitSet
 from lightning_plasticity.functional.activation_reset import RELU, TANH, ActivationStrategy, strategy_for
 from lightning_plasticity.functional.continual_backprop import bias_corrected, least
-from lightning_plasticity.shards import own_here
+from lightning_plasticity.shards.layers import own_here
 from lightning_plasticity.units.find import HiddenUnits
 
 Strategy: TypeAlias = Literal["auto", "relu", "tanh"] | ActivationStrategy

@@ -28,7 +28,8 @@ from lightning_plasticity.layers.weights import (
     has_inputs_first,
     weights_in_words,
 )
-from lightning_plasticity.shards import is_shared_out, part_of, shared_out_as, whole
+from lightning_plasticity.shards.parts import part_of
+from lightning_plasticity.shards.tensors import is_shared_out, shared_out_as, whole
 
 
 class DirectionAwareShrink(ScheduledCallback):

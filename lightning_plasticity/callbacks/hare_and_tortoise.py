@@ -22,7 +22,10 @@ from lightning_plasticity.engine.state import for_checkpoint
 from lightning_plasticity.functional.hare_and_tortoise import follow
 from lightning_plasticity.functional.weights import norm
 from lightning_plasticity.kernels import Tensors
-from lightning_plasticity.shards import for_state, held_of, is_shared_out, local, shard_again, sum_over_shards
+from lightning_plasticity.shards.modules import shard_again
+from lightning_plasticity.shards.parts import held_of
+from lightning_plasticity.shards.sums import sum_over_shards
+from lightning_plasticity.shards.tensors import for_state, is_shared_out, local
 
 Weights: TypeAlias = Literal["slow", "fast"]
 

@@ -14,7 +14,8 @@ from lightning_plasticity.functional.isometry_reinit import nearest_isometry
 from lightning_plasticity.layers.matrices import FUSED, Matrices
 from lightning_plasticity.layers.weights import LayerPatterns, find_weights, weights_in_words
 from lightning_plasticity.names import submodule
-from lightning_plasticity.shards import part_of, whole
+from lightning_plasticity.shards.parts import part_of
+from lightning_plasticity.shards.tensors import whole
 
 
 class IsometryReinit(ScheduledCallback):

@@ -18,16 +18,9 @@ from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.functional.l2_init import at_the_same_rank, l2_init_update
 from lightning_plasticity.functional.weights import norm
 from lightning_plasticity.layers.weights import find_norm_parameters
-from lightning_plasticity.shards import (
-    for_state,
-    gradient,
-    held_of,
-    local,
-    part_of,
-    shared_out_as,
-    sum_over_shards,
-    whole,
-)
+from lightning_plasticity.shards.parts import held_of, part_of
+from lightning_plasticity.shards.sums import sum_over_shards
+from lightning_plasticity.shards.tensors import for_state, gradient, local, shared_out_as, whole
 
 Match: TypeAlias = Literal["position", "sorted"]
 

@@ -18,7 +18,8 @@ from lightning_plasticity.layers.flow import flow_in
 from lightning_plasticity.layers.trained import LayerWeights, by_groups
 from lightning_plasticity.layers.weights import LayerPatterns, has_inputs_first, weights_in_words
 from lightning_plasticity.names import submodule
-from lightning_plasticity.shards import is_shared_out, part_of, shared_out_as, whole
+from lightning_plasticity.shards.parts import part_of
+from lightning_plasticity.shards.tensors import is_shared_out, shared_out_as, whole
 from lightning_plasticity.units.calls import ForwardCall
 
 

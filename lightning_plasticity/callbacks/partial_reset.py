@@ -17,7 +17,7 @@ from lightning_plasticity.engine.unit_callback import UnitCallback
 from lightning_plasticity.engine.unit_sets import Reader, Table, UnitSet, weights_of_producers
 from lightning_plasticity.functional.partial_reset import reset_shares
 from lightning_plasticity.functional.redo import gradient_scores
-from lightning_plasticity.shards import by_output, held_view, inputs_read
+from lightning_plasticity.shards.layers import by_output, held_view, inputs_read
 from lightning_plasticity.units.find import HiddenUnits
 
 

@@ -34,7 +34,9 @@ from lightning_plasticity.layers.weights import (
     find_weights,
     weights_in_words,
 )
-from lightning_plasticity.shards import gradient, local, part_of, sum_over_shards
+from lightning_plasticity.shards.parts import part_of
+from lightning_plasticity.shards.sums import sum_over_shards
+from lightning_plasticity.shards.tensors import gradient, local
 
 Utility: TypeAlias = Literal["magnitude", "gradient", "random"]
 Parameters: TypeAlias = Literal["weights", "all"]

@@ -15,7 +15,8 @@ from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.editing.initial import Init, InitialDistribution, InitName
 from lightning_plasticity.engine.schedule import Schedule, ScheduledCallback
 from lightning_plasticity.functional.shrink_and_perturb import shrink_and_perturb
-from lightning_plasticity.shards import for_state, held_of, local
+from lightning_plasticity.shards.parts import held_of
+from lightning_plasticity.shards.tensors import for_state, local
 
 
 class ShrinkAndPerturb(ScheduledCallback):

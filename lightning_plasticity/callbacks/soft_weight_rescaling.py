@@ -30,7 +30,8 @@ from lightning_plasticity.layers.flow import Flow, flow_in
 from lightning_plasticity.layers.rescaling import change_of_outputs, plan
 from lightning_plasticity.layers.weights import weights_in_words
 from lightning_plasticity.names import submodule
-from lightning_plasticity.shards import local, whole_norms
+from lightning_plasticity.shards.sums import whole_norms
+from lightning_plasticity.shards.tensors import local
 from lightning_plasticity.units.calls import ForwardCall
 
 _LARGE = 0.01  # a change of the outputs, as a share of their size, that a step should not bring about by itself

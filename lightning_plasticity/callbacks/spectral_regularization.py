@@ -25,7 +25,8 @@ from lightning_plasticity.functional.spectral_regularization import (
 )
 from lightning_plasticity.layers.trained import LayerWeights, by_groups
 from lightning_plasticity.layers.weights import LayerPatterns, find_bias, find_norm_parameters, weights_in_words
-from lightning_plasticity.shards import Part, part_of, sum_over_shards
+from lightning_plasticity.shards.parts import Part, part_of
+from lightning_plasticity.shards.sums import sum_over_shards
 
 
 class SpectralRegularization(PlasticityCallback):

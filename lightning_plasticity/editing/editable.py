@@ -9,7 +9,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_plasticity.distributed import any_rank_has
 from lightning_plasticity.layer_views import LayerView, layers_of
-from lightning_plasticity.shards import is_flattened, is_shared_out, local
+from lightning_plasticity.shards.tensors import is_flattened, is_shared_out, local
 
 _FEW = 32  # entries of which Python finds the least and the largest sooner than PyTorch
 

@@ -28,17 +28,10 @@ from lightning_plasticity.editing.optimizer_state import write_at
 from lightning_plasticity.editing.whole_tensors import WholeEditor
 from lightning_plasticity.layer_views import LayerView, layer_at, layers_of
 from lightning_plasticity.names import submodule
-from lightning_plasticity.shards import (
-    bias_by_output,
-    bias_by_row,
-    by_output,
-    held_view,
-    inputs_read,
-    local,
-    matrix,
-    part_of,
-    sum_over_shards,
-)
+from lightning_plasticity.shards.layers import bias_by_output, bias_by_row, by_output, held_view, inputs_read, matrix
+from lightning_plasticity.shards.parts import part_of
+from lightning_plasticity.shards.sums import sum_over_shards
+from lightning_plasticity.shards.tensors import local
 
 T = TypeVar("T")
 _Index: TypeAlias = tuple[Tensor | slice, ...]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 from torch.utils.hooks import RemovableHandle
 
-from lightning_plasticity.shards import local
+from lightning_plasticity.shards.tensors import local
 
 AGE = "age"  # in the optimizer's state of a parameter, so that its checkpoints have it; infinite: as old as the tensor
 

@@ -12,7 +12,8 @@ from lightning_plasticity import checks
 from lightning_plasticity.editing.editable import check_finite
 from lightning_plasticity.layer_views import LayerView, layers_of, view_of
 from lightning_plasticity.names import submodule
-from lightning_plasticity.shards import part_of, whole
+from lightning_plasticity.shards.parts import part_of
+from lightning_plasticity.shards.tensors import whole
 
 
 class Initializer(Protocol):

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer, Rprop
 
 from lightning_plasticity.editing.entry_ages import AGE, Follower, count_ages, may_overshoot
-from lightning_plasticity.shards import is_shared_out, local, sum_over_shards
+from lightning_plasticity.shards.sums import sum_over_shards
+from lightning_plasticity.shards.tensors import is_shared_out, local
 
 OptimizerState: TypeAlias = Literal["survivors", "reset", "keep"]
 OPTIMIZER_STATES: tuple[OptimizerState, ...] = get_args(OptimizerState)

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.shards import for_state, held_of, local, shared_out_as
+from lightning_plasticity.shards.parts import held_of
+from lightning_plasticity.shards.tensors import for_state, local, shared_out_as
 
 _HALF = (torch.bfloat16, torch.float16)
 

@@ -11,7 +11,7 @@ from lightning_plasticity.editing.grad_mode import without_gradients
 from lightning_plasticity.editing.optimizer_state import EntryState, OptimizerState
 from lightning_plasticity.editing.remainders import Remainders
 from lightning_plasticity.kernels import Tensors
-from lightning_plasticity.shards import local
+from lightning_plasticity.shards.tensors import local
 
 
 class WholeEditor:

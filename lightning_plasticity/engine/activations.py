@@ -18,7 +18,8 @@ from lightning_plasticity.engine.forward import ModelHook, compiler_is_near, in_
 from lightning_plasticity.engine.unit_sets import Reader
 from lightning_plasticity.kernels import kernels_on
 from lightning_plasticity.layer_views import LayerView
-from lightning_plasticity.shards import heard_by_all, is_shared_out
+from lightning_plasticity.shards.layers import heard_by_all
+from lightning_plasticity.shards.tensors import is_shared_out
 from lightning_plasticity.units.examining import is_examining
 
 _PIECE = 2**18  # entries

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_plasticity.functional.selection import mean_of_all
 from lightning_plasticity.functional.selective_reinit import gradient_utilities
-from lightning_plasticity.shards import for_state, gradient, held_of, local, shared_out_as
+from lightning_plasticity.shards.parts import held_of
+from lightning_plasticity.shards.tensors import for_state, gradient, local, shared_out_as
 
 
 class GradientUtility:

@@ -30,7 +30,8 @@ from lightning_plasticity.engine.state import VERSION, check_state, copied, for_
 from lightning_plasticity.engine.steps import OptimizerSteps, is_joining, unwrapped
 from lightning_plasticity.kernels import kernels_on, use_kernels
 from lightning_plasticity.names import original
-from lightning_plasticity.shards import is_shared_out, shard_again, sharded_modules
+from lightning_plasticity.shards.modules import shard_again, sharded_modules
+from lightning_plasticity.shards.tensors import is_shared_out
 from lightning_plasticity.units.calls import arguments_of
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ class Method:
 
     Attributes:
         works_on_parts: whether the method works where parameters are shared out among ranks (FSDP2, tensor
-            parallelism), so that each has a part of them: see ``shards.py``. Others refuse such models.
+            parallelism), so that each has a part of them: see ``shards``. Others refuse such models.
     """
 
     works_on_parts: bool = False

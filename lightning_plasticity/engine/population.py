@@ -17,7 +17,9 @@ from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.engine.known_units import Index, KnownUnits
 from lightning_plasticity.engine.unit_sets import Reader, UnitSet, reader_shapes
 from lightning_plasticity.kernels import Tensors
-from lightning_plasticity.shards import by_output, gradient, inputs_read, is_shared_out, matrix, part_of
+from lightning_plasticity.shards.layers import by_output, inputs_read, matrix
+from lightning_plasticity.shards.parts import part_of
+from lightning_plasticity.shards.tensors import gradient, is_shared_out
 from lightning_plasticity.units.find import HiddenUnits
 
 

@@ -18,7 +18,7 @@ from lightning_plasticity import checks
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.engine.examination import Question
-from lightning_plasticity.shards import shard_again
+from lightning_plasticity.shards.modules import shard_again
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from lightning_plasticity import checks
 from lightning_plasticity.distributed import world_size
 from lightning_plasticity.editing.editable import is_finite
-from lightning_plasticity.shards import is_shared_out, whole
+from lightning_plasticity.shards.tensors import is_shared_out, whole
 
 _OF_ANY_LENGTH = {"young", "states"}  # lists of what has happened so far
 _MAYBE_NONE = {"last_epoch"}

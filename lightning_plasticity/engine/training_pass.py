@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from lightning_plasticity.distributed import all_ranks_have, any_rank_has, world_size
-from lightning_plasticity.shards import gradient, is_shared_out, local, shard_again, sharded_modules
+from lightning_plasticity.shards.modules import shard_again, sharded_modules
+from lightning_plasticity.shards.tensors import gradient, is_shared_out, local
 from lightning_plasticity.units.examining import undisturbed
 
 Loss = Callable[[nn.Module, Any], Tensor | None]  # of the model, and a batch as the data give it; None passes over it

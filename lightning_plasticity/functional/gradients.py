@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_plasticity import checks, shards
+from lightning_plasticity import checks
 from lightning_plasticity.examining import examining
 from lightning_plasticity.functional.substitution import call_with
 from lightning_plasticity.functional.weights import check_whole, dense, joint_norm, norm, whole
+from lightning_plasticity.shards import tensors
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 Summary = Literal["mean", "negative", "least"]
@@ -24,7 +25,7 @@ _COLUMNS_AT_ONCE = 1 << 20
 def read_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Gradients of the parameters that have one."""
     parameters = [checks.tensor("each parameter", p) for p in parameters]
-    found = [shards.gradient(p) for p in parameters]
+    found = [tensors.gradient(p) for p in parameters]
     gradients = [dense("a gradient", g).detach() for g in found if g is not None and g.numel()]
     if not gradients:
         raise ValueError(

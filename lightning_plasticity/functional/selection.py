@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightning_plasticity.shards import part_of, sum_over_shards
+from lightning_plasticity.shards.parts import part_of
+from lightning_plasticity.shards.sums import sum_over_shards
 
 # Tensors are read in pieces, so that choosing takes hardly any memory beside the mask. On the CPU they are just too
 # small for PyTorch to share them among threads, which wait longer for each other than they work on a busy machine.

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_plasticity.functional.selection import Chosen, mean_of_all, pieces_of
-from lightning_plasticity.shards import local, sum_over_shards
+from lightning_plasticity.shards.sums import sum_over_shards
+from lightning_plasticity.shards.tensors import local
 
 Reinit: TypeAlias = Literal["mean", "mean_noise", "normal", "init", "init_mean"]
 

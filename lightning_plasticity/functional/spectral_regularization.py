@@ -8,7 +8,7 @@ whole on each.
 import torch
 from torch import Tensor
 
-from lightning_plasticity.shards import Part
+from lightning_plasticity.shards.parts import Part
 
 
 def times_columns(part: Part, left: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def times_columns(part: Part, left: Tensor) -> Tensor:
         left: :math:`u`, whole.
 
     Example:
-        >>> from lightning_plasticity.shards import part_of
+        >>> from lightning_plasticity.shards.parts import part_of
         >>> weight = torch.diag(torch.tensor([3.0, 1.0]))
         >>> times_columns(part_of(weight), torch.tensor([1.0, 0.0]))
         tensor([3., 0.])
@@ -32,7 +32,7 @@ def times_rows(part: Part, right: Tensor) -> Tensor:
     r"""What a part of a matrix adds to :math:`W v`, which is the sum over all parts.
 
     Example:
-        >>> from lightning_plasticity.shards import part_of
+        >>> from lightning_plasticity.shards.parts import part_of
         >>> weight = torch.diag(torch.tensor([3.0, 1.0]))
         >>> times_rows(part_of(weight), torch.tensor([0.0, 1.0]))
         tensor([0., 1.])
@@ -44,7 +44,7 @@ def outer(part: Part, left: Tensor, right: Tensor) -> Tensor:
     r"""The part of :math:`u v^\top`.
 
     Example:
-        >>> from lightning_plasticity.shards import part_of
+        >>> from lightning_plasticity.shards.parts import part_of
         >>> outer(part_of(torch.zeros(1, 2)), torch.tensor([2.0]), torch.tensor([3.0, 4.0]))
         tensor([[6., 8.]])
     """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity import checks
-from lightning_plasticity.shards import is_flattened
+from lightning_plasticity.shards.tensors import is_flattened
 
 Source = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 

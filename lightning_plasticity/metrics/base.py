@@ -14,7 +14,8 @@ from lightning_plasticity import checks
 from lightning_plasticity.functional.activity import Reduce, check_layout, unit_rows
 from lightning_plasticity.functional.weights import check_same_tensors, named_parameters
 from lightning_plasticity.metrics.plotting import Plotted, draw
-from lightning_plasticity.shards import held_of, shared_out_as
+from lightning_plasticity.shards.parts import held_of
+from lightning_plasticity.shards.tensors import shared_out_as
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,8 @@ from lightning_plasticity.engine.examination import Part, is_inside
 from lightning_plasticity.engine.forward import ModelHook, allow_compiled_code, run_eagerly
 from lightning_plasticity.layer_views import layer_at
 from lightning_plasticity.names import named_modules_as_written
-from lightning_plasticity.shards import is_shared_out, splits_layers, whole
+from lightning_plasticity.shards.modules import splits_layers
+from lightning_plasticity.shards.tensors import is_shared_out, whole
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.find import Findings, HiddenUnits
 

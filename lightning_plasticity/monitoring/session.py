@@ -19,7 +19,8 @@ from lightning_plasticity.metrics.base import ReferencedMetric
 from lightning_plasticity.monitoring.features import FeatureReader, call_with, inputs_and_targets_of, inputs_of
 from lightning_plasticity.monitoring.measures import Measures
 from lightning_plasticity.names import original
-from lightning_plasticity.shards import is_shared_out, shard_again, sharded_modules
+from lightning_plasticity.shards.modules import shard_again, sharded_modules
+from lightning_plasticity.shards.tensors import is_shared_out
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.examining import is_examining, undisturbed
 from lightning_plasticity.units.together import as_if_alone

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.names import original
-from lightning_plasticity.shards import is_flattened
+from lightning_plasticity.shards.tensors import is_flattened
 from lightning_plasticity.units.channels import Layer
 from lightning_plasticity.units.examining import undisturbed
 from lightning_plasticity.units.network import Network

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
-from lightning_plasticity.shards import is_shared_out, whole
+from lightning_plasticity.shards.tensors import is_shared_out, whole
 from lightning_plasticity.units.probing import GLANCES
 
 

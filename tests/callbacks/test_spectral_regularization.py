@@ -12,7 +12,7 @@ from lightning_plasticity.functional.spectral_regularization import (
     times_columns,
     times_rows,
 )
-from lightning_plasticity.shards import part_of
+from lightning_plasticity.shards.parts import part_of
 
 
 @pytest.mark.parametrize("network", [mlp, convolutional])

@@ -27,7 +27,7 @@ from contract.training import assert_same
 from lightning_plasticity import ActivationReset, ContinualBackprop, PlasticityMonitor, SelectiveReinit
 from lightning_plasticity.functional.activation_reset import ActivationStrategy
 from lightning_plasticity.names import original
-from lightning_plasticity.shards import whole
+from lightning_plasticity.shards.tensors import whole
 
 METHODS: dict[str, Callable[[], Any]] = {
     "ContinualBackprop": partial(ContinualBackprop, 0.05, 3, seed=1),

@@ -25,7 +25,7 @@ from contract.shared_out import NETS, batch, perceptron
 from contract.training import assert_same
 from lightning_plasticity import ContinualBackprop, HareAndTortoise, L2Init, PlasticityMonitor, ShrinkAndPerturb
 from lightning_plasticity.engine import unit_callback
-from lightning_plasticity.shards import whole
+from lightning_plasticity.shards.tensors import whole
 
 STEPS = 8  # in each of two epochs
 

@@ -45,7 +45,7 @@ from lightning_plasticity.engine.unit_callback import UnitCallback
 from lightning_plasticity.functional.activation_reset import ActivationStrategy
 from lightning_plasticity.layers.flow import trace
 from lightning_plasticity.layers.rescaling import change_of_outputs, plan
-from lightning_plasticity.shards import local, whole
+from lightning_plasticity.shards.tensors import local, whole
 
 STEPS = 60
 

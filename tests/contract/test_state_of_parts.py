@@ -15,7 +15,8 @@ from contract.shared_out import BOTH, FSDP_2, NETS, TENSORS_2, Way, batch, of_ra
 from contract.training import assert_same
 from lightning_plasticity import HareAndTortoise, L2Init, ShrinkAndPerturb
 from lightning_plasticity.engine.base import PlasticityCallback
-from lightning_plasticity.shards import is_shared_out, local, part_of, whole
+from lightning_plasticity.shards.parts import part_of
+from lightning_plasticity.shards.tensors import is_shared_out, local, whole
 
 STEPS = 8  # before the checkpoint, and after it
 WAYS = {2: [FSDP_2, TENSORS_2], 4: [BOTH]}

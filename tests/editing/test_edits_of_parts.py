@@ -17,7 +17,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from lightning_plasticity.editing.edits import Editor
 from lightning_plasticity.editing.initial import InitialDistribution
 from lightning_plasticity.editing.optimizer_state import OPTIMIZER_STATES
-from lightning_plasticity.shards import part_of, whole
+from lightning_plasticity.shards.parts import part_of
+from lightning_plasticity.shards.tensors import whole
 
 RANKS = 4
 

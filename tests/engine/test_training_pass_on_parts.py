@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_plasticity.engine.training_pass import average_gradients
-from lightning_plasticity.shards import is_shared_out, local, shared_out_as, whole
+from lightning_plasticity.shards.tensors import is_shared_out, local, shared_out_as, whole
 
 WAYS = {"FSDP2": FSDP_2, "tensor parallel": TENSORS_2}
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from lightning_plasticity.functional import selection, selective_reinit
 from lightning_plasticity.functional.selection import Chosen, below, mean_of_all, smallest
 from lightning_plasticity.functional.selective_reinit import new_values
-from lightning_plasticity.shards import Layout, Part
+from lightning_plasticity.shards.layout import Layout
+from lightning_plasticity.shards.parts import Part
 
 Numbers = st.sampled_from([0.0, -0.0, 1e-40, 0.1, -0.1, 0.10001, 1.0, -2.0, math.inf, math.nan])
 

@@ -10,7 +10,7 @@ from ranks import on_ranks
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from lightning_plasticity.shards import whole
+from lightning_plasticity.shards.tensors import whole
 from lightning_plasticity.units.find import find_units
 
 WAYS = [FSDP_4, HSDP, BOTH, Way(1, 4)]

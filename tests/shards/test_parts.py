@@ -15,18 +15,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from lightning_plasticity.functional import gradient_norm
 from lightning_plasticity.functional.gradients import read_gradients
-from lightning_plasticity.layer_views import layers_of
-from lightning_plasticity.shards import (
-    by_output,
-    gradient,
-    held_of,
-    local,
-    part_of,
-    shared_out_as,
-    splits_layers,
-    sum_over_shards,
-    whole,
-)
+from lightning_plasticity.shards.modules import splits_layers
+from lightning_plasticity.shards.parts import held_of, part_of
+from lightning_plasticity.shards.sums import sum_over_shards
+from lightning_plasticity.shards.tensors import gradient, local, shared_out_as, whole
 
 RANKS = 4
 
@@ -202,10 +194,3 @@ def test_a_whole_tensor_is_the_part_that_is_all_of_it() -> None:
     assert part.shards == 1
     assert torch.equal(part.spread(weight[:, 0], 0), weight[:, 0])
     assert sum_over_shards([weight], [weight])[0] is weight
-
-
-def test_each_gate_of_a_whole_layer_is_of_the_same_outputs() -> None:
-    view = layers_of(nn.LSTM(2, 3))["ih_l0"]
-    part = by_output(view, view.weight)
-    assert torch.equal(part.local, view.weight.view(4, 3, 2).movedim(0, -1))
-    assert part.layout is None
