@@ -439,6 +439,36 @@ def test_a_layer_that_is_called_twice_is_rescaled_once_and_goes_on_learning(betw
     assert shared.weight.norm().item() == pytest.approx(norm)
 
 
+class HalfShared(nn.Module):
+    """Two recurrent layers: what reads the input is one, what reads the state is each one's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = (
+            nn.RNN(5, 5, nonlinearity="relu"),
+            nn.RNN(5, 5, nonlinearity="relu"),
+            nn.Linear(5, 2),
+        )
+        self.second.weight_ih_l0, self.second.bias_ih_l0 = self.first.weight_ih_l0, self.first.bias_ih_l0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x)[0])[0])
+
+
+def test_a_layer_that_is_shared_in_part_has_the_rest_rescaled():
+    model = HalfShared()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* cannot keep this network's outputs proportional")
+        method = SoftWeightRescaling(1.0).attach(model, example_inputs=(torch.randn(3, 2, 5),))
+    update(model)
+    before = {name: parameter.norm().item() for name, parameter in model.named_parameters()}
+    method.step()
+    grown = {name: parameter.norm().item() / before[name] for name, parameter in model.named_parameters()}
+    both = grown["first.weight_hh_l0"] * grown["second.weight_hh_l0"]
+    assert abs(both - 1) > 0.01
+    assert grown["second.bias_hh_l0"] == pytest.approx(both)
+
+
 def test_a_shared_bias_is_refused():
     model = mlp()
     model[2].bias = model[0].bias

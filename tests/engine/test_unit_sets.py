@@ -1,10 +1,13 @@
 """Sets of units, and what kernels are told of the layers that read them."""
 
+import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import register_parametrization
 
-from lightning_plasticity import ContinualBackprop
-from lightning_plasticity.engine.unit_sets import reader_shapes
+from lightning_plasticity import ContinualBackprop, find_units
+from lightning_plasticity.engine.unit_sets import check_units, reader_shapes
 
 
 def test_shapes_of_readers() -> None:
@@ -19,3 +22,19 @@ def test_shapes_of_readers() -> None:
         [4, 4, 1, 1, 5, 6, 4, True],
         [10, 10, 30, 1, 2, 150, 1, False],
     ]
+
+
+def test_units_of_a_layer_whose_weight_is_computed_are_refused() -> None:
+    network = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    units = find_units(network, torch.zeros(2, 4))
+    weight_norm(network[2])
+    with pytest.raises(RuntimeError, match=r"needs 2\.weight to be a parameter, but it is computed"):
+        check_units(network, units[0])
+
+
+def test_units_of_a_norm_whose_weight_is_computed_are_refused() -> None:
+    network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2))
+    units = find_units(network, torch.zeros(2, 4))
+    register_parametrization(network[1], "weight", nn.Softplus())
+    with pytest.raises(RuntimeError, match="parameters of its own, but '1' is parametrized"):
+        check_units(network, units[0])

@@ -53,6 +53,23 @@ def with_positions():
     return model
 
 
+class Gain(nn.Module):
+    """One number for each channel, in a shape of three dimensions."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x):
+        return self.gain * x
+
+
+def test_a_gain_for_each_channel_is_no_layer():
+    found = explore(nn.Sequential(nn.Conv2d(3, 4, 3), Gain(4), nn.ReLU(), nn.Conv2d(4, 2, 3)), IMAGE, {})
+    assert [units.name for units in found.units] == ["0"]
+    assert "1" not in found.left_out
+
+
 HOME_MADE = {
     "linear": (lambda x, w: F.linear(x, w), False),
     "at T": (lambda x, w: x @ w.T, False),
