@@ -1,6 +1,7 @@
 """Parts of tensors: against the whole ones, on four ranks, for every way in which torch shares a network out."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +16,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from lightning_plasticity.functional import gradient_norm
 from lightning_plasticity.functional.gradients import read_gradients
+from lightning_plasticity.shards.layout import Layout
 from lightning_plasticity.shards.modules import splits_layers
-from lightning_plasticity.shards.parts import held_of, part_of
-from lightning_plasticity.shards.sums import sum_over_shards
-from lightning_plasticity.shards.tensors import gradient, local, shared_out_as, whole
+from lightning_plasticity.shards.parts import Part, held_of, part_of
+from lightning_plasticity.shards.sums import sum_over_shards, whole_norms
+from lightning_plasticity.shards.tensors import for_state, gradient, local, shared_out_as, whole
 
 RANKS = 4
 
@@ -78,6 +80,9 @@ def looked_at(parameter: Tensor) -> dict[str, Any]:
         "spread": [part.spread(torch.ones(size), dim) for dim, size in enumerate(part.local.shape)],
         "found": [(a, torch.arange(part.shape[d]).flip(0)[b]) for d, (a, b) in enumerate(found)],
         "sum": sum_over_shards([local(parameter).detach().double().sum()], [parameter])[0],
+        "share": local(parameter).detach().double().sum() * part.share,
+        "count": sum_over_shards([torch.tensor(local(parameter).numel())], [parameter])[0],
+        "norm": whole_norms([parameter.detach()], torch.float32)[0],
     }
 
 
@@ -99,15 +104,16 @@ def gradients_of_a_sequence(rank: int) -> dict[str, Any]:
 
 
 def on_each_rank(rank: int) -> dict[str, Any]:
-    results: dict[str, Any] = {}
+    parts: dict[str, dict[str, Any]] = {}
+    written: dict[str, tuple[Tensor, Tensor]] = {}
     for way in WAYS:
         model = way(network())
         assert splits_layers(model) == (way in (tensors, both))
-        results[way.__name__] = {name: looked_at(p) for name, p in model.named_parameters()}
+        parts[way.__name__] = {name: looked_at(p) for name, p in model.named_parameters()}
         parameter = next(model.parameters())
         with torch.no_grad():
             local(parameter).fill_(rank + 1.0)
-        results[way.__name__]["written"] = whole(parameter).detach(), part_of(parameter).take(whole(parameter).detach())
+        written[way.__name__] = whole(parameter).detach(), part_of(parameter).take(whole(parameter).detach())
     # fewer rows than ranks, and dimensions that are split several times
     mesh = init_device_mesh("cpu", (2, 2))
     for name, placements in {
@@ -120,12 +126,20 @@ def on_each_rank(rank: int) -> dict[str, Any]:
             tensor = distribute_tensor(
                 torch.randn(size, size + 2, generator=torch.Generator().manual_seed(size)), mesh, placements
             )
-            results[f"{name} {size}"] = {"tensor": looked_at(tensor)}
-    results["gradients"] = gradients_of_a_sequence(rank)
+            parts[f"{name} {size}"] = {"tensor": looked_at(tensor)}
+    parameter = distribute_tensor(torch.zeros(4), mesh, [Shard(0), Replicate()]).requires_grad_()
+    parameter.grad = DTensor.from_local(torch.arange(2.0) + rank, mesh, [Shard(0), Partial()])
+    large = distribute_tensor(torch.full((4,), 1.2e19), mesh, [Shard(0), Shard(0)])
     term = DTensor.from_local(torch.ones(2), mesh, [Partial(), Partial()])
     with pytest.raises(RuntimeError, match="each rank holds a term of a sum"):
         part_of(term)
-    return results
+    return {
+        "parts": parts,
+        "written": written,
+        "gradients": gradients_of_a_sequence(rank),
+        "terms": whole(gradient(parameter)),
+        "norm": whole_norms([large], torch.float32),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +149,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_parts_are_what_the_ranks_hold(ranks: list[dict[str, Any]]) -> None:
     expected = copy.deepcopy(network()).state_dict()
-    for way in ranks[0]:
-        for name in ranks[0][way].keys() - {"written"} if way != "gradients" else ():
-            of_ranks = [rank[way][name] for rank in ranks]
+    for way, parts in ranks[0]["parts"].items():
+        for name in parts:
+            of_ranks = [rank["parts"][way][name] for rank in ranks]
             for part in of_ranks:
                 if name in expected and way != "columns":
                     assert torch.equal(part["whole"], expected[name]), (way, name)
@@ -148,7 +162,10 @@ def test_parts_are_what_the_ranks_hold(ranks: list[dict[str, Any]]) -> None:
                 assert (~elsewhere).sum() >= part["local"].numel()
                 assert torch.equal(part["together"], part["whole"] * 2), (way, name)
                 assert all(torch.equal(part["local"], held) for held in part["held"]), (way, name)
-                torch.testing.assert_close(part["sum"], part["whole"].double().sum(), rtol=1e-12, atol=1e-12)
+                for total in (part["sum"], sum(part["share"] for part in of_ranks)):
+                    torch.testing.assert_close(total, part["whole"].double().sum(), rtol=1e-12, atol=1e-12)
+                assert torch.equal(part["count"], torch.tensor(part["whole"].numel()))
+                torch.testing.assert_close(part["norm"], part["whole"].double().norm().float())
                 for dim, (places, indices) in enumerate(part["found"]):
                     spread = part["spread"][dim]
                     assert spread.sum() == part["local"].shape[dim]
@@ -164,7 +181,7 @@ def test_parts_are_what_the_ranks_hold(ranks: list[dict[str, Any]]) -> None:
 def test_what_is_written_to_a_part_is_in_the_tensor(ranks: list[dict[str, Any]]) -> None:
     for way in WAYS:
         for rank, results in enumerate(ranks):
-            after, own = results[way.__name__]["written"]
+            after, own = results["written"][way.__name__]
             assert (after > 0).all()
             if way not in (hsdp, columns):  # where others have written to the same entries
                 assert (own == rank + 1).all()
@@ -179,6 +196,12 @@ def test_gradients_are_added_up_where_each_rank_has_a_term(ranks: list[dict[str,
             # each rank's loss is of its part of the outputs
             torch.testing.assert_close(rank["gradients"][name], parameter.grad)
         torch.testing.assert_close(rank["gradients"]["norm"], gradient_norm([p.grad for p in model.parameters()]))
+        assert rank["terms"].tolist() == [0 + 1, 1 + 2, 2 + 3, 3 + 4]  # of two ranks each
+
+
+def test_norms_are_finite_where_the_sum_of_squares_is_not(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        torch.testing.assert_close(rank["norm"], torch.tensor([2.4e19]))
 
 
 def test_a_whole_tensor_is_the_part_that_is_all_of_it() -> None:
@@ -194,3 +217,27 @@ def test_a_whole_tensor_is_the_part_that_is_all_of_it() -> None:
     assert part.shards == 1
     assert torch.equal(part.spread(weight[:, 0], 0), weight[:, 0])
     assert sum_over_shards([weight], [weight])[0] is weight
+    remembered = for_state(weight)
+    assert torch.equal(remembered, weight)
+    assert remembered is not weight
+
+
+def test_some_rows_of_a_part_are_a_part_of_these_rows() -> None:
+    tensor = torch.arange(10.0).view(5, 2)
+    runs = [slice(first, last) for first, last in itertools.combinations_with_replacement(range(6), 2)]
+    for held, rows in itertools.product(runs, runs):
+        places = torch.arange(5)[held]
+        part = Part(tensor[held], Layout(tensor.shape, (places, None), (2, 1), (0, 0))).rows(rows)
+        assert part.shape == tensor[rows].shape
+        assert torch.equal(part.local, part.take(tensor[rows]))
+        assert part.local[:, 0].div(2).tolist() == [row for row in range(5)[rows] if row in range(5)[held]]
+
+
+def test_a_part_with_its_dimensions_exchanged_is_a_part_of_such_a_tensor() -> None:
+    tensor = torch.arange(24.0).view(4, 6, 1)
+    layout = Layout(tensor.shape, (torch.tensor([2, 3]), torch.tensor([0, 1]), None), (2, 3, 1), (1, 0, 0))
+    part = Part(tensor[2:, :2], layout).swapped()
+    assert part.shape == (6, 4, 1)
+    assert torch.equal(part.local, part.take(tensor.transpose(0, 1)))
+    assert part.layout is not None
+    assert (part.layout.pieces, part.layout.piece) == ((3, 2, 1), (0, 1, 0))
