@@ -7,21 +7,27 @@ they are has not been measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from lightning_plasticity.kernels.tensors import Tensors
+from lightning_plasticity.kernels import programs
+from lightning_plasticity.kernels.tensors import PLAIN, Tensors
 
 _BLOCK = 1024  # entries that a program works on at a time
 _PROGRAMS = 64  # at most, for each tensor
+_SUMMED = torch.float32, torch.bfloat16, torch.float16  # activations
 _ROWS, _UNITS = 32, 32  # weights of so many units, so many of each at a time, that a program adds up
+
+# Activations: rows and channels that a program adds up at a time, where channels lie side by side and where not.
+_SIDE_BY_SIDE, _APART = (32, 64), (512, 4)
+_SUMMING = 512  # programs at most for all of an activation, and
+_SPLITS = 128  # for the same channels: the last of them to end reads what the others have written
 
 
 def suit(dtype: torch.dtype, size: int) -> bool:
@@ -36,23 +42,86 @@ def places(tensors: Sequence[Tensor], beside: Sequence[Tensor]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64, device=tensors[0].device)
 
 
-def column_sums(dim: int, total: Tensor, size: Tensor | None) -> None:
-    """There is nothing that adds up activations: PyTorch's own sums are two launches for each layer."""
+class ColumnSums:
+    """Adds up entries, and their sizes, by channel, in float32: one launch for each activation.
+
+    Many programs share the rows of a large activation: a GPU would be idle while one program for each channel read it.
+    Each writes its sums where they stand alone, and the last one to end adds up what all have written, always in the
+    same order: so the same activations give the same bits, on every rank and in every run.
+
+    Args:
+        dim: where channels are, counted from the end; other dimensions are rows.
+        total: where the sums are kept, which stays where it is.
+        size: where the sums of sizes are kept; None where these are not wanted.
+    """
+
+    def __init__(self, dim: int, total: Tensor, size: Tensor | None) -> None:
+        self._dim, self._channels, self._total, self._size = dim, total.numel(), total, size
+        blocks = triton.cdiv(self._channels, min(_SIDE_BY_SIDE[1], _APART[1]))
+        self._ended = torch.zeros(blocks, dtype=torch.int32, device=total.device)  # programs, by channels
+
+    def add(self, x: Tensor, rows_before: int) -> int:
+        """Takes in a tensor, if it is one of this kind.
+
+        Args:
+            x: what is added up.
+            rows_before: how many rows are in the sums: without any they are set. Of one the size is told from the
+                total.
+
+        Returns:
+            How many rows were added: 0 if it does not take it.
+        """
+        dim, channels, total = self._dim, self._channels, self._total
+        if type(x) not in PLAIN or x.dtype not in _SUMMED or total.dtype != torch.float32 or x.device != total.device:
+            return 0
+        if x.ndim < -dim or x.shape[dim] != channels:  # the layer will refuse it
+            return 0
+        steps = _row_steps(x, dim)
+        if len(steps) > 2 or not x.numel():
+            return 0
+        (_, to_far), (near, to_near) = [(1, 0), (1, 0), *steps][-2:]
+        rows, to_channel = x.numel() // channels, x.stride(dim)
+        at_once, block = _SIDE_BY_SIDE if to_channel == 1 else _APART
+        blocks = triton.cdiv(channels, block)
+        splits = max(1, min(triton.cdiv(rows, at_once), _SUMMING // blocks, _SPLITS))
+        apart = total.new_empty(2, splits, channels)
+        sized, size = self._size is not None, total if self._size is None else self._size
+        layout = channels, rows, near, to_far, to_near, to_channel
+        arguments = total, size, apart, self._ended, *layout, rows_before
+        _launch(programs.sum_columns, (blocks, splits), x, *arguments, SIZED=sized, ROWS=at_once, CHANNELS=block)
+        return rows
+
+
+def _row_steps(x: Tensor, dim: int) -> list[tuple[int, int]]:
+    """Lengths and strides of the dimensions of rows, from the widest stride: one where several follow each other."""
+    found: list[tuple[int, int]] = []
+    others = [(x.stride(d), x.shape[d]) for d in range(x.ndim) if d != x.ndim + dim and x.shape[d] > 1]
+    for stride, length in sorted(others, reverse=True):
+        if found and found[-1][1] == length * stride:
+            found[-1] = found[-1][0] * length, stride
+        else:
+            found.append((length, stride))
+    return found
+
+
+def column_sums(dim: int, total: Tensor, size: Tensor | None) -> Callable[[Tensor, int], int]:
+    """What adds up activations."""
+    return ColumnSums(dim, total, size).add
 
 
 def average_in(averages: Tensors, weight: float) -> None:
     """Moves averages towards the values beside them, but for those that are not finite."""
-    _launch_for_each(_average_in, averages, weight)
+    _launch_for_each(programs.average_in, averages, weight)
 
 
 def scale(tensors: Tensors, factors: Tensor) -> None:
     """Multiplies each tensor by its factor, which is of their type."""
-    _launch_for_each(_scale, tensors, factors)
+    _launch_for_each(programs.scale, tensors, factors)
 
 
 def pull(tensors: Tensors, rate: float) -> None:
     """Draws tensors towards what is beside them: adds the ``-rate``-fold of the difference."""
-    _launch_for_each(_pull, tensors, -rate)
+    _launch_for_each(programs.pull, tensors, -rate)
 
 
 def reader_table(shapes: np.ndarray[Any, Any], device: torch.device) -> tuple[Tensor, Tensor, int]:
@@ -78,7 +147,7 @@ def contributions(weights: Tensors, readers: tuple[Tensor, Tensor, int], sizes: 
     rows, first, largest = readers
     grid = len(first) - 1, triton.cdiv(largest, _UNITS)
     arguments = weights.places, rows, first, out if sizes is None else sizes, out
-    _launch(_contributions, grid, *arguments, SIZED=sizes is not None, ROWS=_ROWS, UNITS=_UNITS)
+    _launch(programs.contributions, grid, *arguments, SIZED=sizes is not None, ROWS=_ROWS, UNITS=_UNITS)
 
 
 def clamp(tensors: Tensors, limits: Sequence[float]) -> None:
@@ -100,80 +169,3 @@ def _launch(kernel: Any, grid: tuple[int, ...], places: Tensor, *arguments: Any,
 
 def _on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-# Triton compiles these: it has no types for mypy, and takes an annotation of an argument for a constant.
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _average_in(places, weight, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    row = places + 3 * tl.program_id(0)
-    averages, values = tl.load(row).to(tl.pointer_type(tl.float32)), tl.load(row + 2).to(tl.pointer_type(tl.float32))
-    size = tl.load(row + 1)
-    for start in range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        is_inside = at < size
-        average, value = tl.load(averages + at, mask=is_inside), tl.load(values + at, mask=is_inside)
-        value = tl.where(value * 0 == 0, value, average)
-        tl.store(averages + at, average * (1 - weight) + value * weight, mask=is_inside)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _scale(places, factors, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    row = places + 3 * tl.program_id(0)
-    entries, size = tl.load(row).to(tl.pointer_type(tl.float32)), tl.load(row + 1)
-    factor = tl.load(factors + tl.program_id(0))
-    for start in range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        is_inside = at < size
-        tl.store(entries + at, tl.load(entries + at, mask=is_inside) * factor, mask=is_inside)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _pull(places, factor, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    row = places + 3 * tl.program_id(0)
-    entries, targets = tl.load(row).to(tl.pointer_type(tl.float32)), tl.load(row + 2).to(tl.pointer_type(tl.float32))
-    size = tl.load(row + 1)
-    for start in range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        is_inside = at < size
-        entry, target = tl.load(entries + at, mask=is_inside), tl.load(targets + at, mask=is_inside)
-        tl.store(entries + at, entry + (entry - target) * factor, mask=is_inside)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _contributions(places, readers, first, sizes, out, SIZED: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    begin, end = tl.load(first + tl.program_id(0)), tl.load(first + tl.program_id(0) + 1)
-    row = readers + 8 * begin  # all readers of a set have the same units
-    units = tl.load(row + 3) * tl.load(row + 5) // tl.load(row + 2)
-    unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
-    is_unit = unit < units
-    total = tl.zeros((UNITS,), tl.float32)
-    for reader in range(begin, end):
-        row = readers + 8 * reader
-        first_column, of_each = tl.load(row + 1), tl.load(row + 2)
-        outputs, inputs, kernel, is_transposed = (
-            tl.load(row + 4),
-            tl.load(row + 5),
-            tl.load(row + 6),
-            tl.load(row + 7),
-        )
-        weights = tl.load(places + 3 * reader).to(tl.pointer_type(tl.float32))
-        count = outputs * kernel  # of the weights of a column
-        to_next = tl.where(is_transposed != 0, kernel, inputs * kernel)  # output
-        for k in range(0, of_each):
-            column = unit * of_each + k
-            by_output = (column // inputs) * count * inputs + (column % inputs) * kernel
-            start = tl.where(is_transposed != 0, column * count, by_output)
-            sums = tl.zeros((UNITS,), tl.float32)
-            for n in range(0, count, ROWS):
-                at = n + tl.arange(0, ROWS)
-                offset = (at // kernel) * to_next + at % kernel
-                is_inside = (at < count)[:, None] & is_unit[None, :]
-                entries = tl.load(weights + start[None, :] + offset[:, None], mask=is_inside, other=0.0)
-                sums += tl.sum(tl.abs(entries), 0)
-            mean = sums / (count * of_each)
-            if SIZED:
-                mean *= tl.load(sizes + first_column + column, mask=is_unit, other=0.0)
-            total += mean
-    tl.store(out + tl.load(readers + 8 * begin) + unit, total, mask=is_unit)

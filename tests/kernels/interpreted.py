@@ -1,8 +1,12 @@
 """Kernels for GPUs on tensors of the CPU: run by `test_on_gpu.py` in a process of its own, by Triton's interpreter."""
 
+from functools import partial
 from unittest.mock import patch
 
 import torch
+from contract.cases import CASES
+from contract.training import train_plainly, weights
+from torch import Tensor
 
 from lightning_plasticity import ContinualBackprop
 from lightning_plasticity.editing.edits import Editor
@@ -10,7 +14,7 @@ from lightning_plasticity.engine.population import average_in
 from lightning_plasticity.kernels import Tensors, choice, on_gpu
 
 
-def some(seed: int) -> list[torch.Tensor]:
+def some(seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator) for shape in ((70, 50), (3,), (1,), (2, 3, 4, 4))]
 
@@ -51,7 +55,7 @@ class ReadTwice(torch.nn.Module):
         self.make, self.again = torch.nn.Linear(5, 70), torch.nn.Linear(70, 6)
         self.first, self.second = torch.nn.Linear(70, 6), torch.nn.Linear(6, 2)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         hidden = self.make(x).relu()
         return self.second((self.first(hidden) + self.again(hidden)).relu())
 
@@ -63,7 +67,7 @@ def check_contributions() -> None:
         *(torch.nn.ReLU(), torch.nn.Linear(40, 3)),
     )
 
-    def of(found: object, network: torch.nn.Module, *shape: int) -> list[torch.Tensor]:
+    def of(found: object, network: torch.nn.Module, *shape: int) -> list[Tensor]:
         with patch.object(choice, "_found", lambda kind: found):
             method = ContinualBackprop(seed=0).attach(network, example_inputs=(torch.zeros(1, *shape),))
             population = method._population
@@ -79,7 +83,107 @@ def check_contributions() -> None:
     torch.testing.assert_close(of(on_gpu, twice, 5), of(None, twice, 5))
 
 
+def activations(channels: int) -> list[tuple[Tensor, int]]:
+    """Of all layouts, and of sizes that no block divides, with the dimension of channels."""
+    generator = torch.Generator().manual_seed(0)
+    some = partial(torch.randn, generator=generator)
+    image = some(5, channels, 11, 13)
+    return [
+        *[(some(rows, channels), -1) for rows in (1, 2, 33, 5000)],
+        *[(some(3, channels, 700), -2), (some(channels, 9), -2), (image, -3), (image[:, :, 2:], -3)],
+        *[(image.to(memory_format=torch.channels_last), -3), (image.mT, -3), (some(2, channels, 3, 4, 5), -4)],
+        *[(some(7, 5, channels), -1), (some(7, 5, channels).transpose(0, 1), -1), (some(9, 20, channels)[:, ::3], -1)],
+        *[(some(1, channels).expand(6, channels), -1), (some(channels, 8).T, -1), (some(channels), -1)],
+        *[(image.bfloat16(), -3), (some(70, channels).half(), -1)],
+    ]
+
+
+def check_column_sums(channels: int) -> None:
+    for x, dim in activations(channels):
+        rows = x.double().movedim(dim, -1).reshape(-1, channels)
+        total, size = torch.full((channels,), torch.nan), torch.full((channels,), torch.nan)
+        without, again = total.clone(), total.clone()
+        add = on_gpu.column_sums(dim, total, size)
+        close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5 * len(rows) ** 0.5, check_dtype=False)
+        before = 0
+        for times in (1, 2, 3):
+            assert add(x, before) == len(rows)
+            before += len(rows)
+            close(total, times * rows.sum(0))
+            close(size, times * rows.abs().sum(0))
+            if times == 1:
+                assert on_gpu.column_sums(dim, without, None)(x, 0) == len(rows)
+                assert torch.equal(without, total)
+                on_gpu.column_sums(dim, again, size.clone())(x.clone(memory_format=torch.preserve_format), 0)
+                assert torch.equal(again, total)
+        total.copy_(-rows[0])
+        size.fill_(torch.nan)  # of a single row sizes are told from the total
+        add(x, 1)
+        close(total, rows.sum(0) - rows[0])
+        close(size, rows.abs().sum(0) + rows[0].abs())
+
+
+def check_what_is_not_finite() -> None:
+    x = torch.ones(40, 5)
+    x[3, 0], x[4, 1], x[5, 2], x[6, 3], x[7, 3] = torch.nan, torch.inf, -torch.inf, torch.inf, -torch.inf
+    total, size = torch.zeros(5), torch.zeros(5)
+    on_gpu.column_sums(-1, total, size)(x, 0)
+    torch.testing.assert_close([total, size], [x.sum(0), x.abs().sum(0)], rtol=0, atol=0, equal_nan=True)
+
+
+def check_what_is_left_to_pytorch() -> None:
+    def rows(x: Tensor, dim: int = -1, dtype: torch.dtype = torch.float32) -> int:
+        total = torch.zeros(4, dtype=dtype)
+        added = on_gpu.column_sums(dim, total, None)(x, 0)
+        assert added or not total.any()
+        return added
+
+    assert rows(torch.ones(3, 4)) == 3
+    for x in (torch.ones(3, 4).double(), torch.ones(3, 5), torch.ones(0, 4), torch.ones(3, 4, device="meta")):
+        assert rows(x) == 0
+    assert rows(torch.ones(3, 4), -3) == rows(torch.ones(3, 4), -1, torch.float64) == 0
+    assert rows(torch.ones(4, 6, 8, 4)[::2, ::2, ::2]) == 0  # three dimensions of rows that do not follow each other
+    assert rows(torch.ones(4, 6, 8, 4)[:, ::2]) == 4 * 3 * 8
+    assert rows(torch.ones(4, 6, 8, 4).as_subclass(type("Own", (Tensor,), {}))) == 0
+
+
+def check_training() -> None:
+    """Methods do the same with them and without."""
+    sgd = partial(torch.optim.SGD, lr=0.05)
+    launched: set[str] = set()
+    launch = on_gpu._launch
+
+    def noted(kernel: object, *arguments: object, **constants: object) -> None:
+        launched.add(kernel.__name__)
+        launch(kernel, *arguments, **constants)
+
+    for case in CASES:
+        if case.name not in LAUNCHED:
+            continue
+        launched.clear()
+        with patch.object(choice, "_found", lambda kind: None):
+            expected = weights(train_plainly(case.make(seed=0), sgd))
+        with patch.object(choice, "_found", lambda kind: on_gpu), patch.object(on_gpu, "_launch", noted):
+            found = weights(train_plainly(case.make(seed=0), sgd))
+        assert launched == LAUNCHED[case.name], f"{case.name} launched {launched}"
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+# What each method launches in an ordinary training.
+LAUNCHED = {
+    "ContinualBackprop": {"sum_columns", "contributions", "average_in"},
+    "ActivationReset": {"sum_columns", "average_in"},
+    "ReDo over steps": {"sum_columns"},
+}
+
+
 if __name__ == "__main__":
+    check_column_sums(3)
+    with patch.object(on_gpu, "_SUMMING", 30):  # programs, which run one after the other here
+        check_column_sums(70)
+    check_what_is_not_finite()
+    check_what_is_left_to_pytorch()
+    check_training()
     check()
     check_contributions()
     print("all agree")

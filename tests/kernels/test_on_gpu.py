@@ -19,32 +19,34 @@ def test_in_the_interpreter():
     assert "all agree" in run.stdout, run.stderr
 
 
-@pytest.mark.parametrize("name", ["_average_in", "_scale", "_pull"])
-def test_they_compile(name):
+# The types of what each is given; capitals are constants.
+FOR_EACH = {"places": "*i64", "BLOCK": 1024}
+WEIGHTS = dict.fromkeys(("places", "readers", "first"), "*i64")
+ACTIVATION = {"total": "*fp32", "size": "*fp32", "apart": "*fp32", "ended": "*i32"} | dict.fromkeys(
+    ("channels", "rows", "near", "to_far", "to_near", "to_channel", "rows_before"), "i32"
+)
+TYPES = [
+    ("average_in", {**FOR_EACH, "weight": "fp32"}),
+    ("scale", {**FOR_EACH, "factors": "*fp32"}),
+    ("pull", {**FOR_EACH, "factor": "fp32"}),
+    ("contributions", {**WEIGHTS, "sizes": "*fp32", "out": "*fp32", "SIZED": True, "ROWS": 32, "UNITS": 32}),
+    ("sum_columns", {"x": "*fp32", **ACTIVATION, "SIZED": True, "ROWS": 32, "CHANNELS": 64}),
+    ("sum_columns", {"x": "*bf16", **ACTIVATION, "SIZED": False, "ROWS": 512, "CHANNELS": 4}),
+]
+
+
+@pytest.mark.parametrize(("name", "types"), TYPES)
+def test_they_compile(name, types):
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lightning_plasticity.kernels import on_gpu
+    from lightning_plasticity.kernels import programs
 
-    kernel = getattr(on_gpu, name)
-    argument = kernel.arg_names[1]
-    types = {"places": "*i64", argument: "*fp32" if argument == "factors" else "fp32", "BLOCK": "constexpr"}
-    compiled = compile(ASTSource(kernel, types, {"BLOCK": 1024}), target=GPUTarget("cuda", 80, 32))
-    assert compiled.asm["cubin"]
-
-
-def test_contributions_compile():
-    from triton import compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from lightning_plasticity.kernels import on_gpu
-
-    types = dict.fromkeys(("places", "readers", "first"), "*i64") | {"sizes": "*fp32", "out": "*fp32"}
-    constants = {"SIZED": True, "ROWS": 32, "UNITS": 32}
-    signature = types | dict.fromkeys(constants, "constexpr")
-    compiled = compile(ASTSource(on_gpu._contributions, signature, constants), target=GPUTarget("cuda", 80, 32))
+    kernel = getattr(programs, name)
+    constants = {argument: of for argument, of in types.items() if argument.isupper()}
+    signature = {argument: "constexpr" if argument.isupper() else types[argument] for argument in kernel.arg_names}
+    compiled = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 80, 32))
     assert compiled.asm["cubin"]
 
 
@@ -66,3 +68,23 @@ def test_on_a_gpu():
     expected = [value - 0.25 * (value - other) for value, other in zip(values, others, strict=True)]
     on_gpu.pull(group, 0.25)
     torch.testing.assert_close(values, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_activations_on_a_gpu(layout, dtype):
+    from lightning_plasticity.kernels import on_gpu
+
+    x = torch.randn(64, 70, 56, 56, device="cuda").to(dtype).to(memory_format=layout)
+    total, size = torch.empty(2, 70, device="cuda")
+    add = on_gpu.column_sums(-3, total, size)
+    found = []
+    for _ in range(20):  # the same bits each time, whichever program ends last
+        add(x, 0)
+        found.append(torch.stack([total, size]))
+    assert all(torch.equal(other, found[0]) for other in found)
+    rows = x.double()
+    expected = torch.stack([rows.sum([0, 2, 3]), rows.abs().sum([0, 2, 3])])
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-4, atol=0.1)
