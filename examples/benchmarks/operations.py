@@ -7,9 +7,9 @@ On an accelerator a small operation takes as long as its launch, whatever the si
 operations tells what a method adds to a step. They are counted in an ordinary step, in which nothing is replaced or
 reset, of ResNet-50, ViT-B/16 and a multi-layer perceptron with AdamW; small images give the same counts as large ones.
 Views and new memory are not counted. An operation over a list of tensors (``_foreach_``) counts once where CUDA has a
-fused kernel for it, and once for each tensor where the shapes of its lists differ, for which it has none. A
-launch of a kernel of Triton counts once. What runs is the path for accelerators, on the CPU: tensors say that they are
-elsewhere.
+fused kernel for it, and once for each tensor where the shapes of its lists differ, for which it has none. A launch of a
+kernel of Triton counts once, and so does the copy of a table of addresses that it needs. What runs is the path for
+accelerators, on the CPU: tensors say that they are elsewhere.
 """
 
 import argparse
@@ -127,12 +127,17 @@ def count(network: Callable[[], nn.Module], shape: tuple[int, ...], method: Any 
 @contextlib.contextmanager
 def as_on_an_accelerator(counts: Counts) -> Iterator[None]:
     """Tensors say that they are not on the CPU, and kernels of Triton are counted instead of launched."""
+    places = on_gpu.places
 
     def launch(kernel: Any, *_: Any, **__: Any) -> None:
-        counts.of[f"Triton {kernel.__name__.lstrip('_')}"] += 1
+        counts.of[f"Triton {kernel.__name__}"] += 1
 
-    is_elsewhere = patch.object(torch.Tensor, "is_cpu", False)
-    with is_elsewhere, patch.object(choice, "_found", lambda _: on_gpu), patch.object(on_gpu, "_launch", launch):
+    def copy(*tensors: Any) -> Tensor:
+        counts.of["copy of addresses"] += 1
+        return places(*tensors)
+
+    is_elsewhere, here = patch.object(torch.Tensor, "is_cpu", False), patch.object(choice, "_found", lambda _: on_gpu)
+    with is_elsewhere, here, patch.object(on_gpu, "_launch", launch), patch.object(on_gpu, "places", copy):
         yield
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_plasticity.functional.selection import mean_of_all
 from lightning_plasticity.functional.selective_reinit import gradient_utilities
+from lightning_plasticity.kernels import Tensors
 from lightning_plasticity.shards.parts import held_of
 from lightning_plasticity.shards.tensors import for_state, gradient, local, shared_out_as
 
@@ -36,6 +37,7 @@ class GradientUtility:
         self._decay_rate = decay_rate
         self._averages: dict[str, Tensor] = {}
         self._updates: dict[str, int] = {}
+        self._together = Tensors([])  # averages, and beside them the weights
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor]) -> None:
@@ -49,12 +51,20 @@ class GradientUtility:
                 wide = torch.promote_types(weight.dtype, torch.float32)
                 self._averages[name] = torch.zeros_like(weight, dtype=wide)
             self._updates[name] = self._updates.get(name, 0) + 1
-        averages = [self._averages[name] for name in seen]
-        utilities = gradient_utilities(*zip(*seen.values(), strict=True))
+        self._average_in([self._averages[name] for name in seen], *zip(*seen.values(), strict=True))
+
+    def _average_in(self, averages: Sequence[Tensor], weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        if not self._together.are(averages, weights):
+            self._together = Tensors(averages, weights)
+        found, kernels = Tensors(gradients, weights), self._together.kernels()  # not held: gradients are let go
+        if kernels is not None and found.kernels() is kernels:
+            kernels.average_utilities(self._together, found, 1 - self._decay_rate)
+            return
+        utilities = gradient_utilities(weights, gradients)
         same_types = [utility.to(average.dtype) for utility, average in zip(utilities, averages, strict=True)]
         # what is not finite says nothing
         same_types = [torch.where(u * 0 == 0, u, a) for u, a in zip(same_types, averages, strict=True)]
-        torch._foreach_lerp_(averages, same_types, 1 - self._decay_rate)
+        torch._foreach_lerp_(list(averages), same_types, 1 - self._decay_rate)
 
     def __contains__(self, name: str) -> bool:
         """Whether a gradient of a tensor of weights has been seen."""

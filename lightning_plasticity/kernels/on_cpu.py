@@ -174,6 +174,23 @@ def _average_in(like: Any, places: Any, weight: float) -> None:
             averages[i] = averages[i] * (1.0 - weight) + value * weight
 
 
+def average_utilities(averages: Tensors, gradients: Tensors, weight: float) -> None:
+    """Moves averages towards the size of the weight beside each, times its gradient, but for what is not finite."""
+    _average_utilities(_LIKE[averages.tensors[0].dtype], averages.places, gradients.places, weight)
+
+
+@compiled
+def _average_utilities(like: Any, places: Any, of_gradients: Any, weight: float) -> None:
+    for t in range(len(places)):
+        averages = numba.carray(_at(places[t, 0]), places[t, 1], like.dtype)
+        weights = numba.carray(_at(places[t, 2]), places[t, 1], like.dtype)
+        gradients = numba.carray(_at(of_gradients[t, 0]), places[t, 1], like.dtype)
+        for i in range(len(averages)):
+            value = abs(weights[i] * gradients[i])
+            value = value if value * 0 == 0 else averages[i]
+            averages[i] = averages[i] * (1.0 - weight) + value * weight
+
+
 # ---- weights
 
 

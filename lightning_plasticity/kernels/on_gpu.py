@@ -39,7 +39,9 @@ def places(tensors: Sequence[Tensor], beside: Sequence[Tensor]) -> Tensor:
     """The address and the number of entries of each tensor, and the address of what is beside it."""
     others = [tensor.data_ptr() for tensor in beside] or [0] * len(tensors)
     rows = [(t.data_ptr(), t.numel(), b) for t, b in zip(tensors, others, strict=True)]
-    return torch.tensor(rows, dtype=torch.int64, device=tensors[0].device)
+    device = tensors[0].device
+    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True)  # from pinned memory: nobody waits for the device
 
 
 class ColumnSums:
@@ -114,6 +116,11 @@ def average_in(averages: Tensors, weight: float) -> None:
     _launch_for_each(programs.average_in, averages, weight)
 
 
+def average_utilities(averages: Tensors, gradients: Tensors, weight: float) -> None:
+    """Moves averages towards the size of the weight beside each, times its gradient, but for what is not finite."""
+    _launch_for_each(programs.average_utilities, averages, gradients.places, weight)
+
+
 def scale(tensors: Tensors, factors: Tensor) -> None:
     """Multiplies each tensor by its factor, which is of their type."""
     _launch_for_each(programs.scale, tensors, factors)
@@ -156,10 +163,10 @@ def clamp(tensors: Tensors, limits: Sequence[float]) -> None:
     torch._foreach_clamp_max_(tensors.tensors, list(limits))
 
 
-def _launch_for_each(kernel: Any, tensors: Tensors, argument: Tensor | float) -> None:
+def _launch_for_each(kernel: Any, tensors: Tensors, *arguments: Tensor | float) -> None:
     largest = max(tensor.numel() for tensor in tensors.tensors)
     programs = min(_PROGRAMS, triton.cdiv(largest, _BLOCK))
-    _launch(kernel, (len(tensors.tensors), programs), tensors.places, argument, BLOCK=_BLOCK)
+    _launch(kernel, (len(tensors.tensors), programs), tensors.places, *arguments, BLOCK=_BLOCK)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], places: Tensor, *arguments: Any, **constants: Any) -> None:

@@ -79,6 +79,20 @@ def average_in(places, weight, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def average_utilities(places, gradients, weight, BLOCK: tl.constexpr):
+    row, of_gradient = places + 3 * tl.program_id(0), gradients + 3 * tl.program_id(0)
+    averages, weights = tl.load(row).to(tl.pointer_type(tl.float32)), tl.load(row + 2).to(tl.pointer_type(tl.float32))
+    slopes, size = tl.load(of_gradient).to(tl.pointer_type(tl.float32)), tl.load(row + 1)
+    for start in range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        is_inside = at < size
+        average = tl.load(averages + at, mask=is_inside)
+        value = tl.abs(tl.load(weights + at, mask=is_inside) * tl.load(slopes + at, mask=is_inside))
+        value = tl.where(value * 0 == 0, value, average)
+        tl.store(averages + at, average * (1 - weight) + value * weight, mask=is_inside)
+
+
+@triton.jit
 def scale(places, factors, BLOCK: tl.constexpr):
     row = places + 3 * tl.program_id(0)
     entries, size = tl.load(row).to(tl.pointer_type(tl.float32)), tl.load(row + 1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity import ContinualBackprop
 from lightning_plasticity.editing.edits import Editor
+from lightning_plasticity.engine.gradient_utility import GradientUtility
 from lightning_plasticity.engine.population import average_in
 from lightning_plasticity.functional.soft_weight_rescaling import log_rescaling_factors
 from lightning_plasticity.kernels import Tensors, kernels_on, use_kernels
@@ -88,6 +89,34 @@ def test_averages(dtype):
         close(average, other)
     kernels.average_in(together(averages[1], beside=(values[1],)), 1.0)
     assert torch.equal(averages[1], values[1])
+
+
+@both_types
+def test_averages_of_utilities(dtype):
+    (averages, weights, gradients) = ([some(9, dtype=dtype, seed=s), some(3, dtype=dtype, seed=s)] for s in (0, 1, 2))
+    gradients[0][:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    expected = []
+    for average, weight, gradient in zip(averages, weights, gradients, strict=True):
+        moved = 0.9 * average + 0.1 * (weight * gradient).abs()
+        expected.append(torch.where(gradient.isfinite(), moved, average))
+    group = together(*averages, beside=(*weights,))
+    kernels.average_utilities(group, together(*gradients, beside=(*weights,)), 0.1)
+    for average, other in zip(averages, expected, strict=True):
+        close(average, other)
+
+
+@pytest.mark.parametrize("laid_out", ["alike", "otherwise"])
+def test_gradients_may_be_laid_out_otherwise(laid_out):
+    weight = nn.Parameter(some(3, 4))
+    gradient = some(3, 4, seed=1)
+    weight.grad = gradient if laid_out == "alike" else gradient.T.contiguous().T
+    utility = GradientUtility(0.5)
+    utility.update({"weight": weight})
+    close(utility.read("weight"), (weight * gradient).abs().detach())
+    utility.forget("weight")
+    weight.grad = 3 * weight.grad
+    utility.update({"weight": weight})
+    close(utility.read("weight"), 3 * (weight * gradient).abs().detach())
 
 
 def in_groups() -> nn.Sequential:

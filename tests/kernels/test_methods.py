@@ -19,10 +19,13 @@ WITH_KERNELS = [
     "ContinualBackprop",
     "ActivationReset",
     "ReDo over steps",
+    "SelectiveReinit by gradient",
     "SoftWeightRescaling",
     "L2Init",
     "WeightClipping",
 ]
+NAMES = ("column_sums", "average_in", "average_utilities", "contributions", "clamp")
+NAMES += ("rescaling_factors", "scale", "pull")
 OF_NAME = {case.name: case for case in CASES}
 
 
@@ -40,7 +43,7 @@ def sgd(parameters) -> torch.optim.SGD:
 def calls(monkeypatch) -> list[str]:
     """The kernels that are called."""
     kernels, called = kernels_on("cpu"), []
-    for name in ("column_sums", "average_in", "contributions", "clamp", "rescaling_factors", "scale", "pull"):
+    for name in NAMES:
         kernel = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *args, name=name, kernel=kernel: called.append(name) or kernel(*args))
     return called

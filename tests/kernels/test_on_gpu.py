@@ -27,6 +27,7 @@ ACTIVATION = {"total": "*fp32", "size": "*fp32", "apart": "*fp32", "ended": "*i3
 )
 TYPES = [
     ("average_in", {**FOR_EACH, "weight": "fp32"}),
+    ("average_utilities", {**FOR_EACH, "gradients": "*i64", "weight": "fp32"}),
     ("scale", {**FOR_EACH, "factors": "*fp32"}),
     ("pull", {**FOR_EACH, "factor": "fp32"}),
     ("contributions", {**WEIGHTS, "sizes": "*fp32", "out": "*fp32", "SIZED": True, "ROWS": 32, "UNITS": 32}),
