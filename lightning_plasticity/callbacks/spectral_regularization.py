@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,10 +24,12 @@ from lightning_plasticity.functional.spectral_regularization import (
     times_rows,
     vector_factor,
 )
-from lightning_plasticity.layers.trained import LayerWeights, by_groups
+from lightning_plasticity.kernels import Tensors
+from lightning_plasticity.layers.trained import LayerWeights, by_groups, each_times
 from lightning_plasticity.layers.weights import LayerPatterns, find_bias, find_norm_parameters, weights_in_words
 from lightning_plasticity.shards.parts import Part, part_of
 from lightning_plasticity.shards.sums import sum_over_shards
+from lightning_plasticity.shards.tensors import is_shared_out
 
 
 class SpectralRegularization(PlasticityCallback):
@@ -95,6 +98,7 @@ class SpectralRegularization(PlasticityCallback):
         self.patterns = LayerPatterns(checks.words("include", include), checks.words("exclude", exclude))
         self._left: dict[Tensor, Tensor] = {}  # of each weight
         self._targets: dict[Tensor, float] = {}  # of each vector
+        self._together = Tensors([])  # matrices that kernels work on
 
     @override
     def _start(self) -> None:
@@ -124,7 +128,7 @@ class SpectralRegularization(PlasticityCallback):
 
     @override
     def _stop(self) -> None:
-        self._left, self._targets = {}, {}
+        self._left, self._targets, self._together = {}, {}, Tensors([])
         vars(self).pop("_weights", None)
 
     @override
@@ -156,14 +160,38 @@ class SpectralRegularization(PlasticityCallback):
         rates: Mapping[Tensor, Tensor | float],
     ) -> list[Tensor]:
         """What to add to the parts that are here. Where parameters are shared out, two messages go to all ranks."""
-        products = [times_columns(part, self._left[p]) for p, part in zip(matrices, parts, strict=True)]
         norms = torch._foreach_norm(distances) if vectors else ()
         squares = [*torch._foreach_mul(norms, norms)] if vectors else []
-        sums = sum_over_shards([*products, *squares], [*matrices, *vectors])
-        steps = self._matrix_steps(matrices, parts, sums[: len(matrices)], rates) if matrices else []
-        factor = partial(vector_factor, power=self.power)
-        factors = by_groups(factor, sums[len(matrices) :], [rates[p] for p in vectors])
-        return [*steps, *(torch._foreach_mul(distances, factors) if vectors else ())]
+        if matrices and (kernels := self._kernels([part.local for part in parts])) is not None:
+            steps, sums = self._steps_by_kernels(kernels, matrices, rates), sum_over_shards(squares, vectors)
+        else:
+            products = [times_columns(part, self._left[p]) for p, part in zip(matrices, parts, strict=True)]
+            sums = sum_over_shards([*products, *squares], [*matrices, *vectors])
+            steps = self._matrix_steps(matrices, parts, sums[: len(matrices)], rates) if matrices else []
+            sums = sums[len(matrices) :]
+        factors = by_groups(partial(vector_factor, power=self.power), sums, [rates[p] for p in vectors])
+        return [*steps, *each_times(distances, factors)]
+
+    def _kernels(self, values: Sequence[Tensor]) -> ModuleType | None:
+        """Those for whole matrices on an accelerator."""
+        if values[0].is_cpu or any(map(is_shared_out, self._left)):
+            return None
+        if not self._together.are(values):
+            self._together = Tensors(values, in_order=True)
+        return self._together.kernels()
+
+    def _steps_by_kernels(
+        self, kernels: ModuleType, matrices: Sequence[Tensor], rates: Mapping[Tensor, Tensor | float]
+    ) -> list[Tensor]:
+        """What to add to whole matrices: a launch does one product for all of them."""
+        lefts = torch.cat([self._left[p] for p in matrices])
+        sigmas, lefts, rights = kernels.power_iteration(self._together, lefts)
+        self._left |= zip(matrices, lefts.split([len(p) for p in matrices]), strict=True)
+        step, each = partial(spectral_step, power=self.power), [rates[p] for p in matrices]
+        moves = torch.stack(by_groups(step, sigmas.unbind(), each))
+        sizes = [p.numel() for p in matrices]
+        steps = kernels.outer_products(self._together, lefts, rights, moves)
+        return [step.view(p.shape) for p, step in zip(matrices, steps.split(sizes), strict=True)]
 
     def _matrix_steps(
         self,

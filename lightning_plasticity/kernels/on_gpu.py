@@ -7,8 +7,10 @@ they are has not been measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ _BLOCK = 1024  # entries that a program works on at a time
 _PROGRAMS = 64  # at most, for each tensor
 _SUMMED = torch.float32, torch.bfloat16, torch.float16  # activations
 _ROWS, _UNITS = 32, 32  # weights of so many units, so many of each at a time, that a program adds up
+_DOWN, _ACROSS = (64, 32), (16, 128)  # columns and rows, or rows and columns, that are multiplied at a time
 
 # Activations: rows and channels that a program adds up at a time, where channels lie side by side and where not.
 _SIDE_BY_SIDE, _APART = (32, 64), (512, 4)
@@ -155,6 +158,48 @@ def contributions(weights: Tensors, readers: tuple[Tensor, Tensor, int], sizes: 
     grid = len(first) - 1, triton.cdiv(largest, _UNITS)
     arguments = weights.places, rows, first, out if sizes is None else sizes, out
     _launch(programs.contributions, grid, *arguments, SIZED=sizes is not None, ROWS=_ROWS, UNITS=_UNITS)
+
+
+def power_iteration(matrices: Tensors, lefts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""One power iteration for each matrix: :math:`v = W^\top u / \|\cdot\|`, then :math:`W v = \sigma u`.
+
+    Args:
+        matrices: their entries in order.
+        lefts: :math:`u` of all matrices, one after the other.
+
+    Returns:
+        :math:`\sigma` of each matrix; the new :math:`u`, the old one where :math:`\sigma` is 0 or no number; :math:`v`.
+    """
+    sizes = _sizes(matrices)
+    rows_from, columns_from, _ = _starts(sizes, lefts.device)
+    rights, products = lefts.new_empty(sum(columns for _, columns in sizes)), torch.empty_like(lefts)
+    lengths = lefts.new_empty(len(sizes))
+    for by_row, given, out, (outputs, inputs) in ((False, lefts, rights, _DOWN), (True, rights, products, _ACROSS)):
+        grid = len(sizes), triton.cdiv(max(size[0 if by_row else 1] for size in sizes), outputs)
+        constants = {"BY_ROW": by_row, "OUTPUTS": outputs, "INPUTS": inputs}
+        _launch(programs.times_matrices, grid, matrices.places, rows_from, columns_from, given, out, **constants)
+        vectors = (out, rows_from, lefts) if by_row else (out, columns_from, out)
+        _launch(programs.directions, (len(sizes),), *vectors, lengths, BLOCK=_BLOCK)
+    return lengths, products, rights
+
+
+def outer_products(matrices: Tensors, lefts: Tensor, rights: Tensor, factors: Tensor) -> Tensor:
+    r"""The entries of :math:`f \, u v^\top`, as large as each matrix, one after the other."""
+    sizes = _sizes(matrices)
+    starts, out = _starts(sizes, lefts.device), lefts.new_empty(sum(rows * columns for rows, columns in sizes))
+    _launch(programs.outer_products, (len(sizes), _PROGRAMS), *starts, lefts, rights, factors, out, BLOCK=_BLOCK)
+    return out
+
+
+def _sizes(matrices: Tensors) -> tuple[tuple[int, int], ...]:
+    return tuple((len(tensor), math.prod(tensor.shape[1:])) for tensor in matrices.tensors)
+
+
+@lru_cache(maxsize=64)
+def _starts(sizes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """Where rows, columns and entries of each matrix begin, in arrays over all, and where the last ones end."""
+    of_each = [(rows, columns, rows * columns) for rows, columns in sizes]
+    return torch.tensor([(0, 0, 0), *of_each]).cumsum(0).mT.contiguous().to(device)
 
 
 def clamp(tensors: Tensors, limits: Sequence[float]) -> None:

@@ -151,3 +151,64 @@ def contributions(places, readers, first, sizes, out, SIZED: tl.constexpr, ROWS:
                 mean *= tl.load(sizes + first_column + column, mask=is_unit, other=0.0)
             total += mean
     tl.store(out + tl.load(readers + 8 * begin) + unit, total, mask=is_unit)
+
+
+@triton.jit
+def times_matrices(
+    places, rows_from, columns_from, given, out, BY_ROW: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr
+):
+    # Each matrix times its part of a vector, or where not BY_ROW the matrix transposed.
+    matrix = tl.load(places + 3 * tl.program_id(0)).to(tl.pointer_type(tl.float32))
+    first_row, first_column = tl.load(rows_from + tl.program_id(0)), tl.load(columns_from + tl.program_id(0))
+    rows = tl.load(rows_from + tl.program_id(0) + 1) - first_row
+    columns = tl.load(columns_from + tl.program_id(0) + 1) - first_column
+    if BY_ROW:
+        outputs, inputs, to_output, to_input = rows, columns, columns, 1
+        out, given = out + first_row, given + first_column
+    else:
+        outputs, inputs, to_output, to_input = columns, rows, 1, columns
+        out, given = out + first_column, given + first_row
+    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    is_output = output < outputs
+    if tl.program_id(1) * OUTPUTS < outputs:
+        sums = tl.zeros((OUTPUTS, INPUTS), tl.float32)
+        for start in range(0, inputs, INPUTS):
+            read = start + tl.arange(0, INPUTS)
+            is_inside = is_output[:, None] & (read < inputs)[None, :]
+            at = output[:, None].to(tl.int64) * to_output + read[None, :].to(tl.int64) * to_input
+            vector = tl.load(given + read, mask=read < inputs, other=0.0)
+            sums += tl.load(matrix + at, mask=is_inside, other=0.0) * vector[None, :]
+        tl.store(out + output, tl.sum(sums, 1), mask=is_output)
+
+
+@triton.jit
+def directions(vectors, starts, instead, lengths, BLOCK: tl.constexpr):
+    # Divides each vector by its length; what is beside it takes the place of one that has none.
+    begin, end = tl.load(starts + tl.program_id(0)), tl.load(starts + tl.program_id(0) + 1)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for start in range(begin, end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        entries = tl.load(vectors + at, mask=at < end, other=0.0)
+        squares += entries * entries
+    length = tl.sqrt(tl.sum(squares, 0))
+    for start in range(begin, end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        entries = tl.load(vectors + at, mask=at < end)
+        found = tl.where(length > 0, entries / length, tl.load(instead + at, mask=at < end))
+        tl.store(vectors + at, found, mask=at < end)
+    tl.store(lengths + tl.program_id(0), length)
+
+
+@triton.jit
+def outer_products(rows_from, columns_from, entries_from, lefts, rights, factors, out, BLOCK: tl.constexpr):
+    begin, end = tl.load(rows_from + tl.program_id(0)), tl.load(rows_from + tl.program_id(0) + 1)
+    first_column = tl.load(columns_from + tl.program_id(0))
+    columns = tl.load(columns_from + tl.program_id(0) + 1) - first_column
+    out += tl.load(entries_from + tl.program_id(0))
+    factor = tl.load(factors + tl.program_id(0))
+    for row in range(begin + tl.program_id(1), end, tl.num_programs(1)):
+        left = factor * tl.load(lefts + row)
+        for start in range(0, columns, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            right = tl.load(rights + first_column + column, mask=column < columns)
+            tl.store(out + (row - begin) * columns + column, left * right, mask=column < columns)

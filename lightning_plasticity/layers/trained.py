@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Set
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +39,29 @@ def by_groups(function: Callable[[Tensor, K], Tensor], tensors: Sequence[Tensor]
         for place, result in zip(places, function(batch, keys[places[0]]).unbind(), strict=True):
             results[place] = result
     return results
+
+
+def each_times(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
+    """Each tensor times its own factor, a tensor of no dimension: on an accelerator a few operations do all.
+
+    Example:
+        >>> import torch
+        >>> each_times([torch.ones(2), torch.ones(1)], [torch.tensor(3.0), torch.tensor(2.0)])
+        [tensor([3., 3.]), tensor([2.])]
+    """
+    kinds = {(tensor.dtype, tensor.device) for tensor in (*tensors, *factors)}
+    if not tensors or tensors[0].is_cpu or len(kinds) > 1:
+        return list(torch._foreach_mul(list(tensors), list(factors))) if tensors else []
+    sizes = tuple(tensor.numel() for tensor in tensors)
+    each = torch.stack(list(factors))[_numbers(sizes, tensors[0].device)]
+    products = torch.cat([tensor.flatten() for tensor in tensors]) * each
+    return [own.view(tensor.shape) for own, tensor in zip(torch.split(products, list(sizes)), tensors, strict=True)]
+
+
+@lru_cache(maxsize=64)
+def _numbers(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """For each entry of tensors of these sizes the number of its tensor."""
+    return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(device)
 
 
 class LayerWeights:

@@ -155,6 +155,35 @@ def check_what_is_left_to_pytorch() -> None:
     assert rows(torch.ones(4, 6, 8, 4).as_subclass(type("Own", (Tensor,), {}))) == 0
 
 
+def check_power_iteration() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = (70, 150), (1, 1), (40, 3, 5, 5), (2, 1100), (130, 2), (3, 4), (2, 2)
+    matrices = [torch.randn(shape, generator=generator) for shape in shapes]
+    matrices[5].zero_()
+    matrices[6].fill_(torch.nan)
+    lefts = [torch.nn.functional.normalize(torch.randn(len(m), generator=generator), dim=0) for m in matrices]
+    group = Tensors(matrices, in_order=True)
+    with patch.object(choice, "_found", lambda kind: on_gpu):
+        assert group.kernels() is on_gpu
+    sigmas, found, rights = on_gpu.power_iteration(group, torch.cat(lefts))
+    factors = torch.randn(len(matrices), generator=generator)
+    steps = on_gpu.outer_products(group, found, rights, factors)
+    of_each = found.split([len(m) for m in matrices]), rights.split([m[0].numel() for m in matrices])
+    for m, left, factor, sigma, u, v, step in zip(
+        matrices, lefts, factors, sigmas, *of_each, steps.split([m.numel() for m in matrices]), strict=True
+    ):
+        m = m.flatten(1)
+        if not m.isfinite().all() or not m.any():  # it keeps its vector
+            torch.testing.assert_close([sigma, u], [m.sum(), left], rtol=0, atol=0, equal_nan=True)
+            continue
+        right = m.T @ left
+        right /= right.norm()
+        torch.testing.assert_close(v, right)
+        torch.testing.assert_close(sigma, (m @ right).norm())
+        torch.testing.assert_close(u, m @ right / (m @ right).norm())
+        torch.testing.assert_close(step.view(m.shape), factor * torch.outer(u, v))
+
+
 def check_training() -> None:
     """Methods do the same with them and without."""
     sgd = partial(torch.optim.SGD, lr=0.05)
@@ -171,7 +200,8 @@ def check_training() -> None:
         launched.clear()
         with patch.object(choice, "_found", lambda kind: None):
             expected = weights_of(train_plainly(case.make(seed=0), sgd))
-        with patch.object(choice, "_found", lambda kind: on_gpu), patch.object(on_gpu, "_launch", noted):
+        here, elsewhere = patch.object(choice, "_found", lambda kind: on_gpu), patch.object(Tensor, "is_cpu", False)
+        with here, elsewhere, patch.object(on_gpu, "_launch", noted):
             found = weights_of(train_plainly(case.make(seed=0), sgd))
         assert launched == LAUNCHED[case.name], f"{case.name} launched {launched}"
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
@@ -183,6 +213,7 @@ LAUNCHED = {
     "ActivationReset": {"sum_columns", "average_in"},
     "ReDo over steps": {"sum_columns"},
     "SelectiveReinit by gradient": {"average_utilities"},
+    "SpectralRegularization": {"times_matrices", "directions", "outer_products"},
 }
 
 
@@ -192,6 +223,7 @@ if __name__ == "__main__":
         check_column_sums(70)
     check_what_is_not_finite()
     check_what_is_left_to_pytorch()
+    check_power_iteration()
     check_training()
     check()
     check_contributions()

@@ -25,6 +25,8 @@ WEIGHTS = dict.fromkeys(("places", "readers", "first"), "*i64")
 ACTIVATION = {"total": "*fp32", "size": "*fp32", "apart": "*fp32", "ended": "*i32"} | dict.fromkeys(
     ("channels", "rows", "near", "to_far", "to_near", "to_channel", "rows_before"), "i32"
 )
+STARTS = dict.fromkeys(("rows_from", "columns_from", "entries_from"), "*i64")
+VECTORS = dict.fromkeys(("given", "out", "vectors", "instead", "lengths", "lefts", "rights", "factors"), "*fp32")
 TYPES = [
     ("average_in", {**FOR_EACH, "weight": "fp32"}),
     ("average_utilities", {**FOR_EACH, "gradients": "*i64", "weight": "fp32"}),
@@ -32,6 +34,10 @@ TYPES = [
     ("pull", {**FOR_EACH, "factor": "fp32"}),
     ("contributions", {**WEIGHTS, "sizes": "*fp32", "out": "*fp32", "SIZED": True, "ROWS": 32, "UNITS": 32}),
     ("sum_columns", {"x": "*fp32", **ACTIVATION, "SIZED": True, "ROWS": 32, "CHANNELS": 64}),
+    ("times_matrices", {"places": "*i64", **STARTS, **VECTORS, "BY_ROW": True, "OUTPUTS": 16, "INPUTS": 128}),
+    ("times_matrices", {"places": "*i64", **STARTS, **VECTORS, "BY_ROW": False, "OUTPUTS": 64, "INPUTS": 32}),
+    ("directions", {"starts": "*i64", **VECTORS, "BLOCK": 1024}),
+    ("outer_products", {**STARTS, **VECTORS, "BLOCK": 1024}),
     ("sum_columns", {"x": "*bf16", **ACTIVATION, "SIZED": False, "ROWS": 512, "CHANNELS": 4}),
 ]
 
@@ -45,7 +51,7 @@ def test_they_compile(name, types):
     from lightning_plasticity.kernels import programs
 
     kernel = getattr(programs, name)
-    constants = {argument: of for argument, of in types.items() if argument.isupper()}
+    constants = {argument: types[argument] for argument in kernel.arg_names if argument.isupper()}
     signature = {argument: "constexpr" if argument.isupper() else types[argument] for argument in kernel.arg_names}
     compiled = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 80, 32))
     assert compiled.asm["cubin"]
