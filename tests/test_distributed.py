@@ -1,34 +1,56 @@
 """Sums over ranks and equal draws: in one process, and in two that have different random states."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from lightning_plasticity.distributed import EqualDraws, agree_on_seed, sum_over_ranks, world_size
+from lightning_plasticity.distributed import (
+    EqualDraws,
+    agree_on_seed,
+    all_ranks_have,
+    any_rank_has,
+    gather_over_ranks,
+    largest_over_ranks,
+    share_of_this_rank,
+    sum_over_ranks,
+    world_size,
+)
 from lightning_plasticity.editing.edits import Editor
 
 
-def on_each_rank(rank: int, folder: str, function: Callable[[int], Any]) -> None:
-    """Entry point of a spawned process."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
-    torch.manual_seed(100 + rank)
-    try:
-        result = function(rank)
-    finally:
-        dist.destroy_process_group()
-    torch.save(result, f"{folder}/{rank}.pt")
+@dataclass(frozen=True)
+class Record:
+    name: str
+    sizes: list[int]
 
 
-def run_on_two_ranks(function: Callable[[int], Any], folder: Path) -> list[Any]:
-    mp.spawn(on_each_rank, args=(str(folder), function), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+# What the first rank has, and what the second.
+DIFFERENT = [
+    (1, 2),
+    ([1], (1,)),
+    ([[1], 2], [[1, 2]]),
+    ({"a": 1}, {"b": 1}),
+    ({"a": 1}, {"a": 2}),
+    ({0}, {8}),
+    (torch.zeros(2, 3), torch.zeros(3, 2)),
+    (torch.zeros(1), torch.zeros(1, dtype=torch.int32)),
+    (torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])),
+    (Record("a", [1]), Record("a", [2])),
+]
+SAME = [
+    *((number, number) for number in range(8)),
+    ({0, 8}, {8, 0}),  # which a set gives in the order in which they came
+    (frozenset([0, 8]), frozenset([8, 0])),
+    (torch.eye(2)[0], torch.eye(2).t()[0]),
+    (Record("a", [1]), Record("a", [1])),
+]
 
 
 def tensors_of(rank: int) -> list[Tensor]:
@@ -43,6 +65,7 @@ def tensors_of(rank: int) -> list[Tensor]:
 
 def everything(rank: int) -> dict[str, Any]:
     """One spawn serves all, because starting a process takes seconds."""
+    torch.manual_seed(100 + rank)
     messages: list[torch.dtype] = []
     all_reduce = dist.all_reduce
 
@@ -75,6 +98,12 @@ def everything(rank: int) -> dict[str, Any]:
         "seeds": seeds,
         "draws": [first, second],
         "user": torch.rand(1),
+        "told apart": [all_ranks_have(values[rank], "cpu") for values in DIFFERENT],
+        "same": [all_ranks_have(values[rank], "cpu") for values in SAME],
+        "largest": largest_over_ranks(3 - rank, "cpu"),
+        "any": [any_rank_has(flag, "cpu") for flag in (rank == 0, rank == 1, False)],
+        "gathered": gather_over_ranks(given),
+        "own again": [share_of_this_rank(gathered) for gathered in gather_over_ranks(given)],
         "sharded optimizer": state_after_edit_of_a_sharded_optimizer(),
     }
 
@@ -92,7 +121,7 @@ def state_after_edit_of_a_sharded_optimizer() -> dict[str, Tensor]:
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    ranks = run_on_two_ranks(everything, tmp_path)
+    ranks = on_ranks(2, everything, tmp_path)
     expected = [a + b for a, b in zip(tensors_of(0), tensors_of(1), strict=True)]
     for result in ranks:
         assert result["world size"] == 2
@@ -105,6 +134,13 @@ def test_two_ranks(tmp_path: Path) -> None:
         assert result["seeds"] == [100, 7, 5, 2**63 - 1]
     assert all(torch.equal(a, b) for a, b in zip(ranks[0]["draws"], ranks[1]["draws"], strict=True))
     for rank, result in enumerate(ranks):
+        assert not any(result["told apart"])
+        assert all(result["same"])
+        assert result["largest"] == 3
+        assert result["any"] == [True, True, False]
+        both = [torch.stack(pair) for pair in zip(tensors_of(0), tensors_of(1), strict=True)]
+        assert all(torch.equal(a, b) for a, b in zip(result["gathered"], both, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(result["own again"], tensors_of(rank), strict=True))
         torch.manual_seed(100 + rank)
         assert torch.equal(result["user"], torch.rand(1))
     sharded = {**ranks[0]["sharded optimizer"], **ranks[1]["sharded optimizer"]}
@@ -127,6 +163,12 @@ def test_one_process() -> None:
     assert agree_on_seed(None, "cpu") == torch.initial_seed() & (2**63 - 1)
     torch.rand(1, generator=EqualDraws(0).generator("cpu"))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_share_has_memory_of_its_own() -> None:
+    gathered = torch.tensor([[1.0, 2.0]])
+    share_of_this_rank(gathered).add_(1)
+    assert gathered.tolist() == [[1.0, 2.0]]
 
 
 def test_different_seeds_draw_differently() -> None:

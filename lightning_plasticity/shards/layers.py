@@ -112,7 +112,6 @@ def heard_by_all(x: Tensor, dim: int) -> Tensor:
         True
     """
     part = part_of(x)
-    dim %= x.ndim
     if part.places(dim) is None:
         return part.local
     assert part.layout is not None

@@ -68,6 +68,7 @@ def looked_at(parameter: Tensor) -> dict[str, Any]:
     found = [part.find(dim, torch.arange(size).flip(0)) for dim, size in enumerate(part.shape)]
     return {
         "shape": part.shape,
+        "layout": part.layout,
         "whole": everything,
         "local": part.local.detach().clone(),
         "taken": part.take(everything),
@@ -129,6 +130,9 @@ def on_each_rank(rank: int) -> dict[str, Any]:
             parts[f"{name} {size}"] = {"tensor": looked_at(tensor)}
     parameter = distribute_tensor(torch.zeros(4), mesh, [Shard(0), Replicate()]).requires_grad_()
     parameter.grad = DTensor.from_local(torch.arange(2.0) + rank, mesh, [Shard(0), Partial()])
+    assert gradient(parameter).placements == parameter.placements
+    alone = distribute_tensor(torch.zeros(4, 2), init_device_mesh("cpu", (4, 1)), [Shard(0), Shard(1)])
+    assert part_of(alone).places(1) is None, "it has all"
     large = distribute_tensor(torch.full((4,), 1.2e19), mesh, [Shard(0), Shard(0)])
     term = DTensor.from_local(torch.ones(2), mesh, [Partial(), Partial()])
     with pytest.raises(RuntimeError, match="each rank holds a term of a sum"):
@@ -164,7 +168,8 @@ def test_parts_are_what_the_ranks_hold(ranks: list[dict[str, Any]]) -> None:
                 assert all(torch.equal(part["local"], held) for held in part["held"]), (way, name)
                 for total in (part["sum"], sum(part["share"] for part in of_ranks)):
                     torch.testing.assert_close(total, part["whole"].double().sum(), rtol=1e-12, atol=1e-12)
-                assert torch.equal(part["count"], torch.tensor(part["whole"].numel()))
+                assert part["count"].dtype == torch.int64
+                assert part["count"] == part["whole"].numel()
                 torch.testing.assert_close(part["norm"], part["whole"].double().norm().float())
                 for dim, (places, indices) in enumerate(part["found"]):
                     spread = part["spread"][dim]
@@ -176,6 +181,19 @@ def test_parts_are_what_the_ranks_hold(ranks: list[dict[str, Any]]) -> None:
             counts = torch.bincount(held, minlength=of_ranks[0]["whole"].numel())
             assert (counts == counts[0]).all(), (way, name)
             assert sum(part["counts"] for part in of_ranks) == of_ranks[0]["whole"].numel()
+
+
+def test_pieces_are_counted_in_the_order_of_the_whole(ranks: list[dict[str, Any]]) -> None:
+    for way, parts in ranks[0]["parts"].items():
+        for name, first in parts.items():
+            of_ranks = [rank["parts"][way][name] for rank in ranks]
+            layout = first["layout"]
+            assert (layout is None) == all(part["local"].shape == part["shape"] for part in of_ranks), (way, name)
+            for dim, size in enumerate(first["shape"] if layout else ()):
+                pieces = {part["layout"].piece[dim]: part["layout"].places[dim] for part in of_ranks}
+                assert sorted(pieces) == list(range(layout.pieces[dim])), (way, name)
+                if len(pieces) > 1:
+                    assert torch.cat([pieces[i] for i in sorted(pieces)]).tolist() == list(range(size)), (way, name)
 
 
 def test_what_is_written_to_a_part_is_in_the_tensor(ranks: list[dict[str, Any]]) -> None:
