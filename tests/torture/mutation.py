@@ -29,7 +29,10 @@ IMPORTED = ("hypothesis", "torch", "lightning.pytorch", "pytorch_lightning", "to
 
 
 def stages(file: str) -> list[list[str]]:
-    """The tests of a file, those of its room and of the methods that import it, then what every method must hold."""
+    """The tests of a file, those of its room and of the methods that import it, then what every method must hold.
+
+    What nobody has seen by then is judged by all of the contract, with its many ranks.
+    """
     room, name = os.path.split(file)
     stem = name.removesuffix(".py")
     own = [*(ROOT / "tests").glob(f"*/test_{stem}.py"), *(ROOT / "tests").glob(f"test_{stem}.py")]
@@ -43,7 +46,8 @@ def stages(file: str) -> list[list[str]]:
         return [*found, ["tests/faults/test_measures.py"]]
     # A method's class has the file's name; what serves all methods is asked of some.
     methods = ["-k", stem.replace("_", "") if is_method else " or ".join(SOME_METHODS)]
-    return [*found, [*CONTRACT, *methods], ["tests/faults", "tests/test_checks.py", *methods]]
+    every = [[*CONTRACT, *methods], ["tests/faults", "tests/test_checks.py", *methods], ["tests/contract"]]
+    return [*found, *every]
 
 
 def of_room(room: str) -> list[str]:
@@ -135,7 +139,7 @@ def run(count: int, seed: int = 0) -> str:
     survivors = [mutant for mutant, seen in verdicts if not seen]
     lines = [
         f"{count} small faults, drawn with a fixed seed from all places of the package, put in one at a time and",
-        "judged by the tests of the file, of its room, a part of the contract, and `tests/faults`.",
+        "judged by the tests of the file, of its room, `tests/faults`, and the contract.",
         "",
         f"- seen: {count - len(survivors)} of {count}",
         *(f"- not seen: `{m.file}`, line {m.line}: `{m.before}` became `{m.after}`" for m in survivors),
