@@ -45,7 +45,21 @@ WRONG: dict[str, list[Any]] = {
     "fused": ["*qkv*", 1, ["*qkv*"], {"": 3}, {1: 3}, {"*qkv*": 0}, {"*qkv*": 1.5}, {"*qkv*": None}],
     "batches": [1, print, iter([1]), object()],
     "units": ["0", 1, [], [None], ["0"], {"0": 1}, {}, torch.ones(2)],
+    "network": ["net", None, 1, print, torch.ones(2), torch.nn.Linear],
+    "tensor": ["x", None, 1, [1.0], np.ones(2)],
     "case": [None, 10, "10", "M", "101M", "-1M", "1e1M", b"10M", ""],
+}
+# What is just allowed.
+RIGHT: dict[str, list[Any]] = {
+    "count from 0": [0],
+    "count from 1": [1],
+    "from 0": [0],
+    "above 0": [1e-9],
+    "from 0 to 1": [0, 1],
+    "from 0 below 1": [0, 1 - 1e-9],
+    "between 0 and 1": [1e-9, 1 - 1e-9],
+    "from -1 to 1": [-1, 1],
+    "share above 0": [1e-9, 1],
 }
 # What may also be None is marked with a question mark.
 COMMON = {"module": "name?", "optimizer_state": "choice", "seed": "seed?"}
@@ -251,28 +265,46 @@ def on_a_network(function: Callable[..., Any], *more: Any) -> Callable[..., Any]
     return lambda **settings: function(
         **{
             "model": torch.nn.Linear(3, 2),
-            **({"loss_fn": loss[0], "targets": torch.zeros(2, 2)} if loss else {}),
-            "inputs": torch.zeros(2, 3),
+            **({"loss_fn": loss[0], "targets": torch.zeros(4, 2)} if loss else {}),
+            "inputs": torch.zeros(4, 3),
             **settings,
         }
     )
 
 
 def on_inputs(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda **settings: function(torch.nn.Linear(3, 2), torch.zeros(2, 3), **settings)
+    return lambda **settings: function(
+        **{"model": torch.nn.Linear(3, 2), "inputs": torch.zeros(4, 3), **settings},
+    )
+
+
+# What a setting is nothing without.
+BELONGING: dict[str, dict[str, dict[str, Any]]] = {
+    "SelfNormalizedReset": {"max_silence": {"min_silence": 1}},
+    "SelectiveReinit": {"std": {"reinit": "normal"}, "decay_rate": {"utility": "gradient", "every_n_train_steps": 5}},
+}
 
 
 def scheduled(name: str) -> Callable[..., Any]:
-    """The constructor of a callback with a schedule, where the setting at hand is none itself."""
+    """The constructor of a callback with what the setting at hand needs, and a schedule where it is none itself."""
     make = getattr(callbacks, name)
 
     def made(**settings: Any) -> Any:
+        for setting, companions in BELONGING.get(name, {}).items():
+            settings = {**companions, **settings} if setting in settings else settings
         needs = ("on_fit_start" in CALLBACKS[name] or name == "HareAndTortoise") and not {*STEPS} & {*settings}
         return make(**settings, **({"every_n_train_steps": 5} if needs else {}))
 
     return made
 
 
+ON_NETWORKS = ("sharpness", "hessian_spectrum", "optimization_readiness", "per_sample_gradients", "gradient_covariance")
+MEASURED = [
+    *((name, on_a_network, ("model", "loss_fn", "inputs", "targets")) for name in ON_NETWORKS),
+    ("trainability", on_a_network, ("model", "inputs")),
+    *((name, on_inputs, ("model", "inputs")) for name in ("ntk_rank", "local_redundancy")),
+]
+KINDS = {"model": "network", "loss_fn": "function", "inputs": "tensor", "targets": "tensor"}
 TABLE: list[tuple[str, Callable[..., Any], str, str]] = [
     *((name, scheduled(name), argument, kind) for name, row in CALLBACKS.items() for argument, kind in row.items()),
     *((name, getattr(metrics, name), key, kind) for name, row in METRICS.items() for key, kind in row.items()),
@@ -282,7 +314,6 @@ TABLE: list[tuple[str, Callable[..., Any], str, str]] = [
         for argument, kind in METRICS[metric].items()
     ),
     *(("sharpness", on_a_network(functional.sharpness), argument, kind) for argument, kind in LANCZOS.items()),
-    ("hessian_spectrum", on_a_network(functional.hessian_spectrum), "loss_fn", "function"),
     ("hessian_spectrum", on_a_network(functional.hessian_spectrum), "steps", "count from 1"),
     *(
         ("summarize_spectrum", lambda **one: functional.summarize_spectrum(torch.ones(2), **one), argument, kind)
@@ -307,6 +338,11 @@ TABLE: list[tuple[str, Callable[..., Any], str, str]] = [
         ("per_sample_gradients", on_a_network(functional.per_sample_gradients), argument, kind)
         for argument, kind in {"loss_fn": "function", "chunk_size": "count from 1?"}.items()
     ),
+    *(
+        (name, on(getattr(functional, name)), argument, KINDS[argument])
+        for name, on, arguments in MEASURED
+        for argument in arguments
+    ),
     *(("Schedule", Schedule, argument, kind) for argument, kind in {**STEPS, "on_fit_start": "flag"}.items()),
     *(
         ("ActivationStrategy", lambda **one: ActivationStrategy(**{**dict.fromkeys(RATES, 0.5), **one}), name, kind)
@@ -316,12 +352,11 @@ TABLE: list[tuple[str, Callable[..., Any], str, str]] = [
 ]
 
 
-def cases() -> list[Any]:
+def cases(values: dict[str, list[Any]]) -> list[Any]:
     return [
         pytest.param(make, argument, value, id=re.sub(r" at 0x\w+", "", f"{name}({argument}={checks.shown(value)})"))
         for name, make, argument, kind in TABLE
-        if kind
-        for value in WRONG[kind.removesuffix("?")]
+        for value in values.get(kind.removesuffix("?"), ())
         if not (value is None and kind.endswith("?"))
     ]
 
@@ -333,15 +368,22 @@ def test_the_table_has_every_argument_of_every_constructor() -> None:
         for name, row in table.items():
             arguments = set(inspect.signature(getattr(room, name)).parameters)
             assert arguments == set(row) - {"features"}, name
-    assert len(cases()) > 900
+    assert {kind.removesuffix("?") for *_, kind in TABLE} - {""} <= set(WRONG)
+    assert len(cases(WRONG)) > 900
 
 
-@pytest.mark.parametrize(("make", "argument", "value"), cases())
+@pytest.mark.parametrize(("make", "argument", "value"), cases(WRONG))
 def test_a_wrong_setting_is_refused_by_name(make: Callable[..., Any], argument: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"\b{argument}\b") as refused:
         make(**{argument: value})
     raised_in = refused.traceback[-1].path
     assert "lightning_plasticity" in str(raised_in), f"raised outside the package, in {raised_in}"
+
+
+@pytest.mark.filterwarnings("ignore:The largest eigenvalue must converge in 1 iterations:UserWarning")
+@pytest.mark.parametrize(("make", "argument", "value"), cases(RIGHT))
+def test_what_is_just_allowed_is_taken(make: Callable[..., Any], argument: str, value: Any) -> None:
+    make(**{argument: value})
 
 
 def test_numbers_of_numpy_become_plain_ones() -> None:

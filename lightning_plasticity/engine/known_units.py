@@ -233,7 +233,7 @@ class KnownUnits:
                 start += table.numel()
             assert total is not None
             parts.append(total)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return torch.cat(parts)
 
     def mean_over_consumers(self, values: Tensor, sets: Sequence[int]) -> Tensor:
         """Like ``per_unit``, but the mean over consumers."""

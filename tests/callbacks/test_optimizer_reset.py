@@ -57,6 +57,14 @@ def test_afterwards_it_goes_on_as_a_new_optimizer_would(name):
         torch.testing.assert_close(parameter, other, rtol=1e-12, atol=1e-14)
 
 
+def test_what_lbfgs_remembers_of_all_parameters_goes_with_the_last_of_them():
+    model = mlp()
+    optimizer = OPTIMIZERS["LBFGS"](model.parameters(), lr=0.01)
+    run(model, optimizer, 5)
+    assert reset_optimizer(optimizer, [[*model.parameters()][-1]], "all") > 0
+    assert not optimizer.state
+
+
 @pytest.mark.parametrize("what", ["all", "moments", "step"])
 def test_same_course_as_the_slow_reference_over_300_steps(what):
     model, twin = mlp(), mlp()

@@ -79,6 +79,8 @@ def _deciding(node: ast.AST) -> Iterator[ast.AST]:
     """The nodes of a tree that decide what happens."""
     if isinstance(node, SILENT) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
         return
+    if isinstance(node, ast.keyword) and node.arg == "strict":
+        return  # of zip: an assertion, too
     yield node
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list", "bases"):

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 COPIED = ("lightning_plasticity", "tests", "examples", "docs", "pyproject.toml", "README.md", "CONTRIBUTING.md")
 CONTRACT = [f"tests/contract/test_{name}.py" for name in ("loops", "steps", "resume", "statistics")]
 SOME_METHODS = ("ContinualBackprop", "L2Init", "NoisyUnits", "SelectiveReinit", "SoftWeightRescaling")
+SETTINGS = ["tests/test_checks.py", "tests/test_defaults.py"]
 MEASURES = ("metrics", "monitoring")  # of which the contract of methods asks nothing
 BROKEN = 99  # what a process ends with that could not run pytest
 LIMIT = 1800  # seconds for a stage: a fault that makes tests hang is seen
@@ -43,11 +44,10 @@ def stages(file: str) -> list[list[str]]:
     if tests := [*of_users(file)]:
         found.append(tests)
     if room in MEASURES:
-        return [*found, ["tests/faults/test_measures.py"]]
+        return [*found, ["tests/faults/test_measures.py", *SETTINGS]]
     # A method's class has the file's name; what serves all methods is asked of some.
     methods = ["-k", stem.replace("_", "") if is_method else " or ".join(SOME_METHODS)]
-    every = [[*CONTRACT, *methods], ["tests/faults", "tests/test_checks.py", *methods], ["tests/contract"]]
-    return [*found, *every]
+    return [*found, [*CONTRACT, *methods], ["tests/faults", *methods], SETTINGS, ["tests/contract"]]
 
 
 def of_room(room: str) -> list[str]:
