@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lightning_plasticity.functional.soft_weight_rescaling import (
     joint_norms,
+    log_rescaling_factor,
     log_rescaling_factors,
     proportionality_error,
     tie,
@@ -21,6 +22,11 @@ coefficients = st.floats(1e-4, 1)
 def factor(norm: float, initial: float, coefficient: float) -> float:
     values = (torch.tensor([value], dtype=torch.float64) for value in (norm, initial, coefficient))
     return log_rescaling_factors(*values).exp().item()
+
+
+@pytest.mark.parametrize("norm", [2.0, 1e-3, 0.0, math.nan, math.inf, 1e300])
+def test_of_python_s_numbers_it_is_the_same(norm):
+    assert math.exp(log_rescaling_factor(norm, 1.5, 0.7)) == pytest.approx(factor(norm, 1.5, 0.7), rel=1e-12)
 
 
 @given(numbers, coefficients, st.floats(0, 1000), st.lists(st.floats(-1, 1), min_size=1, max_size=300))
