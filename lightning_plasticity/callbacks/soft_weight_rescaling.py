@@ -270,7 +270,7 @@ class SoftWeightRescaling(PlasticityCallback):
             tensors,
             Tensors(tensors[weights:]),
             factors[weights:],
-            exponents.to(self._initial_norms),
+            exponents.to(self._initial_norms).contiguous(),
             (own * self._coefficients).amax(1).to(self._initial_norms),
             factors,
             terms if is_small else None,

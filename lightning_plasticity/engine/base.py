@@ -100,17 +100,16 @@ class PlasticityCallback(LoopMethod, Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        accumulates = pl_module.automatic_optimization and trainer.fit_loop._should_accumulate()
-        if pl_module.automatic_optimization and not accumulates:
-            if self.optimizer_steps == self._steps_before:
-                self._skipped()
+        # What Lightning is asked costs more than most that is done here: it is asked only where the answer counts.
+        if self.optimizer_steps != self._steps_before:
             self._steps_before = self.optimizer_steps
+        elif pl_module.automatic_optimization and not trainer.fit_loop._should_accumulate():
+            self._skipped()
         # When and under which step Lightning logs is known only to parts of it that are not public.
         if not self._ready or not trainer.loggers or not trainer._logger_connector.should_update_logs:
             return
-        if accumulates:
-            return
-        self._log(trainer, self._numbers(), trainer.fit_loop.epoch_loop._batches_that_stepped)
+        if not (pl_module.automatic_optimization and trainer.fit_loop._should_accumulate()):
+            self._log(trainer, self._numbers(), trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def _log(self, trainer: Trainer, numbers: Mapping[str, Tensor | float], step: int) -> None:
         """Sends numbers to all loggers, under the names of the method and of its part of the model."""

@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from typing_extensions import override
 
 _reasons_to_run_eagerly: set[int] = set()
 _eager = ExitStack()
 
 
-class ModelHook:
+class ModelHook(partial[None]):
     """A hook on a module of a model, which does nothing in a copy of the model, pickled or not.
 
-    Args:
-        function: what it calls.
+    Made of a function, which is called without a call in between: each layer calls its hooks at every step.
     """
 
-    def __init__(self, function: Callable[..., None]) -> None:
-        self._function = function
-
-    def __call__(self, *args: Any) -> None:
-        """Calls it."""
-        self._function(*args)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_function": _do_nothing}
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ModelHook, (_do_nothing,)
 
 
 def _do_nothing(*_: Any) -> None:

@@ -130,7 +130,7 @@ class KnownUnits:
             span = slice(self.size, self.size + units.size)
             self.size = span.stop
             self.sets.append(UnitSet(units, producers, norms, readers, span, weights))
-            self._weights += weights
+            self._weights = list(dict.fromkeys([*self._weights, *weights]))  # most are of two sets, and asked each step
             self._is_plain &= len(readers) == 1 and readers[0].table.entries.shape[1] == 1
         self._places, self._segments = {}, {}
         counts = [self.zeros(unit_set.units.size) + len(unit_set.readers) for unit_set in self.sets]

@@ -27,7 +27,7 @@ from lightning_plasticity.engine.forward import ModelHook, forget_compiled_code
 from lightning_plasticity.engine.method import Method
 from lightning_plasticity.engine.settings import ShowsSettings, without_links
 from lightning_plasticity.engine.state import VERSION, check_state, copied, for_checkpoint
-from lightning_plasticity.engine.steps import OptimizerSteps, is_joining, unwrapped
+from lightning_plasticity.engine.steps import OptimizerSteps, is_joining, those_that_join, unwrapped
 from lightning_plasticity.kernels import kernels_on, use_kernels
 from lightning_plasticity.names import original
 from lightning_plasticity.shards.modules import shard_again, sharded_modules
@@ -65,7 +65,7 @@ class LoopMethod(ShowsSettings, Method, ABC):
         self.draws: EqualDraws
         self.editor: Editor
         self._model: nn.Module | None = None
-        self._wrapper: nn.Module | None = None  # what was attached, which may be around the model
+        self._joinables: list[Any] = []  # what was attached, where `Join` can end its steps before those of others
         self._scope: nn.Module | None = None
         self._trainer: Trainer | None = None
         self._handles: list[RemovableHandle] = []
@@ -110,7 +110,7 @@ class LoopMethod(ShowsSettings, Method, ABC):
         )
         try:
             self._attach(model, optimizers)
-            self._wrapper = model
+            self._joinables = those_that_join(model, *self.optimizers)
             if self._examination is not None and example is not None:
                 self._examination.examine_example(*example)
                 self._take_parts()
@@ -128,9 +128,10 @@ class LoopMethod(ShowsSettings, Method, ABC):
         """
         if self._model is None:
             raise RuntimeError(f"{type(self).__name__}.step() needs a model. Call attach(model, optimizer) first.")
-        shard_again(self._sharded)
-        stepped: list[Optimizer | None] = list(self._stepped) if self.optimizers else [None]
-        self._stepped.clear()
+        if self._sharded:
+            shard_again(self._sharded)
+        stepped: Sequence[Optimizer | None] = self._stepped if self.optimizers else [None]
+        self._stepped = []
         if self._trainer is None:
             self._check_steps(bool(stepped))
         if not stepped:
@@ -155,7 +156,7 @@ class LoopMethod(ShowsSettings, Method, ABC):
                 f"{type(self).__name__} needs the parameters that it was attached to, but the optimizer trains others, "
                 "which the model has got since. Call detach() and attach(model, optimizer) again."
             )
-        if any(map(is_joining, (self._wrapper, *self.optimizers))):
+        if any(map(is_joining, self._joinables)):
             raise RuntimeError(
                 f"{type(self).__name__} needs all ranks to make the same steps, but `Join` lets some end before "
                 "others. Give all ranks as many batches, as DistributedSampler does, and train without Join."
@@ -182,10 +183,10 @@ class LoopMethod(ShowsSettings, Method, ABC):
         if self._examination is not None:
             self._examination.leave(self)
         self._stop()
-        self._model = self._wrapper = self._scope = self._trainer = self._examination = None
+        self._model = self._scope = self._trainer = self._examination = None
         self._parts = 0
         self._ready = self._is_interrupted = False
-        self.optimizers, self._sharded = [], []
+        self.optimizers, self._sharded, self._joinables = [], [], []
         for name in ("draws", "editor"):
             vars(self).pop(name, None)
 

@@ -31,8 +31,8 @@ class Maturity:
 
     Example:
         >>> maturity = Maturity([10], threshold=1)
-        >>> maturity.advance(0), maturity.advance(0)
-        (0, 10)
+        >>> maturity.advance([0]), maturity.advance([0])
+        ([0], [10])
         >>> maturity.replaced(0, 3), maturity.eligible(0)
         (None, 7)
     """
@@ -51,10 +51,11 @@ class Maturity:
         self._mature += sizes
         self._young += [deque() for _ in sizes]
 
-    def advance(self, index: int) -> int:
-        """All units of a set grow one step older; how many are eligible now."""
-        self.steps[index] += 1
-        return self.eligible(index)
+    def advance(self, sets: Sequence[int]) -> list[int]:
+        """All units of some sets grow one step older; how many of each are eligible now."""
+        for i in sets:
+            self.steps[i] += 1
+        return [self.eligible(i) for i in sets]
 
     def eligible(self, index: int) -> int:
         """How many units of a set are older than the threshold."""

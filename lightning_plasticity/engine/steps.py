@@ -37,7 +37,7 @@ class OptimizerSteps:
         self.misses_parameters = False  # whether steps train parameters that the scope has got since
         self._scope, self._waits, self._begins, self._made = scope, waits, begins, made
         self._parameters = _ids(scope)
-        self._sizes = [_size(optimizer) for optimizer in optimizers]  # how many parameters each trains
+        self._sizes = {optimizer: _size(optimizer) for optimizer in optimizers}  # how many parameters each trains
         self._handles: list[RemovableHandle] = []
         for optimizer in self.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before))
@@ -68,25 +68,31 @@ class OptimizerSteps:
         found_inf = getattr(optimizer, "found_inf", None)
         if isinstance(found_inf, Tensor) and bool(found_inf.any()):
             return  # a fused optimizer under a gradient scaler skips inside its kernel
-        if self._trains(optimizer, self._parameters):
+        if _trains(optimizer, self._parameters):
             self._made(optimizer)
-        elif self._trains(optimizer, _ids(self._scope)):
+        elif _trains(optimizer, _ids(self._scope)):
             self.misses_parameters = True
-        place = self.optimizers.index(optimizer)
-        if _size(optimizer) != self._sizes[place]:
-            self._sizes[place] = _size(optimizer)
+        size = _size(optimizer)
+        if size != self._sizes[optimizer]:
+            self._sizes[optimizer] = size
             more = _ids(self._scope) - self._parameters
             self.misses_parameters |= any(id(p) in more for group in optimizer.param_groups for p in group["params"])
 
-    @staticmethod
-    def _trains(optimizer: Optimizer, parameters: set[int]) -> bool:
-        return any(
-            p.grad is not None and id(p) in parameters for group in optimizer.param_groups for p in group["params"]
-        )
+
+def _trains(optimizer: Optimizer, parameters: set[int]) -> bool:
+    """Whether any of the parameters has a gradient: a plain loop, for each step asks, and the first mostly has."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and id(parameter) in parameters:
+                return True
+    return False
 
 
 def _size(optimizer: Optimizer) -> int:
-    return sum([len(group["params"]) for group in optimizer.param_groups])
+    size = 0
+    for group in optimizer.param_groups:
+        size += len(group["params"])
+    return size
 
 
 def _ids(scope: nn.Module) -> set[int]:
@@ -101,7 +107,12 @@ def unwrapped(optimizer: Any) -> Optimizer:
     return inner
 
 
-def is_joining(joinable: object) -> bool:
-    """Whether training goes on inside ``torch.distributed.algorithms.Join``, of a wrapped model or an optimizer."""
+def those_that_join(*candidates: object) -> list[Any]:
+    """Those that can take part in ``torch.distributed.algorithms.Join``: wrapped models and some optimizers."""
     # Not asked of the object itself: of what it does not have, a module makes an error with a message first.
-    return bool(getattr(getattr(joinable, "__dict__", {}).get("_join_config"), "enable", False))
+    return [one for one in candidates if "_join_config" in getattr(one, "__dict__", {})]
+
+
+def is_joining(joinable: Any) -> bool:
+    """Whether training goes on inside ``Join``, of one of :func:`those_that_join`."""
+    return bool(joinable._join_config.enable)

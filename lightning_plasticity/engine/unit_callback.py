@@ -119,8 +119,8 @@ class UnitCallback(PlasticityCallback):
         population = self._population
         trained = population.trained_by(optimizer)
         due = {}
-        for i in trained:
-            what = self._earn(i, self._maturity.advance(i))
+        for i, eligible in zip(trained, self._maturity.advance(trained), strict=True):
+            what = self._earn(i, eligible)
             if what is not None:
                 due[i] = what
         if trained:

@@ -40,10 +40,11 @@ def suit(dtype: torch.dtype, size: int) -> bool:
     return dtype in _LIKE and (size <= LARGE or torch.get_num_threads() == 1)
 
 
-def places(tensors: Sequence[Tensor], beside: Sequence[Tensor]) -> np.ndarray[Any, Any]:
-    """The address and the number of entries of each tensor, and the address of what is beside it."""
+def places(tensors: Sequence[Tensor], beside: Sequence[Tensor]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """What tells Numba the tensors' type; the address and number of entries of each, and the address of the other."""
     others = [tensor.data_ptr() for tensor in beside] or [0] * len(tensors)
-    return np.array([(t.data_ptr(), t.numel(), b) for t, b in zip(tensors, others, strict=True)], dtype=np.int64)
+    rows = [(t.data_ptr(), t.numel(), b) for t, b in zip(tensors, others, strict=True)]
+    return _LIKE[tensors[0].dtype], np.array(rows, dtype=np.int64)
 
 
 def compiled(function: F, **options: Any) -> F:
@@ -161,7 +162,8 @@ def _sum_columns(
 
 def average_in(averages: Tensors, weight: float) -> None:
     """Moves averages towards the values beside them, but for those that are not finite; rounded once."""
-    _average_in(_LIKE[averages.tensors[0].dtype], averages.places, weight)
+    like, rows = averages.places
+    _average_in(like, rows, weight)
 
 
 @compiled
@@ -176,7 +178,8 @@ def _average_in(like: Any, places: Any, weight: float) -> None:
 
 def average_utilities(averages: Tensors, gradients: Tensors, weight: float) -> None:
     """Moves averages towards the size of the weight beside each, times its gradient, but for what is not finite."""
-    _average_utilities(_LIKE[averages.tensors[0].dtype], averages.places, gradients.places, weight)
+    like, rows = averages.places
+    _average_utilities(like, rows, gradients.places[1], weight)
 
 
 @compiled
@@ -209,7 +212,8 @@ def contributions(weights: Tensors, readers: np.ndarray[Any, Any], sizes: Tensor
         out: where to write, for all units. A unit's columns in one reader give their mean, and readers add up.
     """
     address = 0 if sizes is None else sizes.data_ptr()
-    _contributions(_LIKE[out.dtype], weights.places, readers, address, out.data_ptr(), out.numel())
+    like, rows = weights.places
+    _contributions(like, rows, readers, address, out.data_ptr(), out.numel())
 
 
 @summing
@@ -263,8 +267,8 @@ def _add_sizes_of_rows(rows: Any, sums: Any) -> None:
 
 def clamp(tensors: Tensors, limits: Sequence[float]) -> None:
     """Brings all entries of each tensor into its limits."""
-    like = _LIKE[tensors.tensors[0].dtype]
-    _clamp(like, _BITS[like.dtype.itemsize], tensors.places, _array(tuple(limits), like.dtype))
+    like, rows = tensors.places
+    _clamp(like, _BITS[like.dtype.itemsize], rows, _array(tuple(limits), like.dtype))
 
 
 @lru_cache(maxsize=64)
@@ -295,7 +299,8 @@ def _clamp(like: Any, bits: Any, places: Any, limits: Any) -> None:
 
 def norms(tensors: Tensors, out: Tensor) -> None:
     """Writes the Euclidean norm of each tensor, in ``out``'s type."""
-    _norms(_LIKE[tensors.tensors[0].dtype], tensors.places, out.numpy())
+    like, rows = tensors.places
+    _norms(like, rows, out.numpy())
 
 
 @summing
@@ -312,35 +317,46 @@ def _norms(like: Any, places: Any, out: Any) -> None:
 def rescaling_factors(
     tensors: Tensors, initial_norms: Tensor, coefficients: Tensor, exponents: Tensor, factors: Tensor
 ) -> None:
-    """Writes the exponentials of ``exponents @ log_rescaling_factors(norms(tensors), initial_norms, coefficients)``."""
-    like = _LIKE[tensors.tensors[0].dtype]
-    arrays = initial_norms.numpy(), coefficients.numpy(), exponents.numpy(), factors.numpy()
-    _rescaling_factors(like, tensors.places, np.finfo(like.dtype).eps - 1, *arrays)
+    """Writes the exponentials of ``exponents @ log_rescaling_factors(norms(tensors), initial_norms, coefficients)``.
+
+    All of these are of the tensors' type, with their entries in order.
+    """
+    addresses = initial_norms.data_ptr(), coefficients.data_ptr(), exponents.data_ptr(), factors.data_ptr()
+    like, rows = tensors.places
+    _rescaling_factors(like, rows, *addresses, factors.numel())
 
 
 @compiled
 def _rescaling_factors(
-    like: Any, places: Any, smallest: Any, initial: Any, coefficients: Any, exponents: Any, factors: Any
+    like: Any, places: Any, initial_at: int, coefficients_at: int, exponents_at: int, factors_at: int, count: int
 ) -> None:
-    logs, norms = np.zeros(len(places)), np.empty(len(places), like.dtype)
+    weights, smallest = len(places), np.finfo(like.dtype).eps - 1
+    initial = numba.carray(_at(initial_at), weights, like.dtype)
+    coefficients = numba.carray(_at(coefficients_at), weights, like.dtype)
+    exponents = numba.carray(_at(exponents_at), (count, weights), like.dtype)
+    factors = numba.carray(_at(factors_at), count, like.dtype)
+    logs, norms = np.zeros(weights), np.empty(weights, like.dtype)
     _norms(like, places, norms)
-    for t in range(len(places)):
+    for t in range(weights):
         if norms[t] > 0 and norms[t] < np.inf:
             logs[t] = np.log1p(max(coefficients[t] * (initial[t] / float(norms[t]) - 1.0), smallest))
-    for f in range(len(factors)):
+    for f in range(count):
         total = 0.0
-        for t in range(len(places)):
+        for t in range(weights):
             total += exponents[f, t] * logs[t]
         factors[f] = np.exp(total)
 
 
 def scale(tensors: Tensors, factors: Tensor) -> None:
     """Multiplies each tensor by its factor, which is of their type."""
-    _scale(_LIKE[tensors.tensors[0].dtype], tensors.places, factors.numpy())
+    in_order = factors.contiguous()
+    like, rows = tensors.places
+    _scale(like, rows, in_order.data_ptr())
 
 
 @compiled
-def _scale(like: Any, places: Any, factors: Any) -> None:
+def _scale(like: Any, places: Any, factors_at: int) -> None:
+    factors = numba.carray(_at(factors_at), len(places), like.dtype)
     for t in range(len(places)):
         entries, factor = numba.carray(_at(places[t, 0]), places[t, 1], like.dtype), factors[t]
         for i in range(len(entries)):
@@ -349,13 +365,16 @@ def _scale(like: Any, places: Any, factors: Any) -> None:
 
 def overflow(tensors: Tensors, factors: Tensor) -> bool:
     """Whether a finite entry times its tensor's factor is not finite."""
-    return bool(_overflow(_LIKE[tensors.tensors[0].dtype], tensors.places, factors.numpy()))
+    in_order = factors.to(tensors.tensors[0].dtype).contiguous()
+    like, rows = tensors.places
+    return bool(_overflow(like, rows, in_order.data_ptr()))
 
 
 @compiled
-def _overflow(like: Any, places: Any, factors: Any) -> Any:
+def _overflow(like: Any, places: Any, factors_at: int) -> Any:
+    factors = numba.carray(_at(factors_at), len(places), like.dtype)
     for t in range(len(places)):
-        entries, factor = numba.carray(_at(places[t, 0]), places[t, 1], like.dtype), like.dtype.type(factors[t])
+        entries, factor = numba.carray(_at(places[t, 0]), places[t, 1], like.dtype), factors[t]
         if factor > 1:
             for i in range(len(entries)):
                 if np.isfinite(entries[i]) and not np.isfinite(entries[i] * factor):
@@ -365,8 +384,8 @@ def _overflow(like: Any, places: Any, factors: Any) -> Any:
 
 def pull(tensors: Tensors, rate: float) -> None:
     """Draws tensors towards what is beside them: adds the ``-rate``-fold of the difference."""
-    like = _LIKE[tensors.tensors[0].dtype]
-    _pull(like, tensors.places, like.dtype.type(-rate))
+    like, rows = tensors.places
+    _pull(like, rows, like.dtype.type(-rate))
 
 
 @compiled

@@ -119,7 +119,7 @@ def test_ages_on_the_host_agree_with_a_plain_count():
     maturity, ages = Maturity([20], 7), [0] * 20
     torch.manual_seed(0)
     for _ in range(500):
-        maturity.advance(0)
+        assert maturity.advance([0]) == [sum(age + 1 > 7 for age in ages)]
         ages = [age + 1 for age in ages]
         old = [i for i, age in enumerate(ages) if age > 7]
         assert maturity.eligible(0) == len(old)

@@ -167,8 +167,19 @@ def test_norms_and_scaling(dtype):
     close(norms, torch.stack([tensor.double().norm() for tensor in tensors]).to(dtype))
     factors = torch.tensor([0.3, -2.0], dtype=dtype)
     expected = [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
-    kernels.scale(together(*tensors), factors)
+    kernels.scale(together(*tensors), torch.stack([factors, torch.zeros_like(factors)], 1)[:, 0])  # not side by side
     assert_same(tensors, expected)
+
+
+@both_types
+@pytest.mark.parametrize("of_factors", [torch.float32, torch.float64])
+def test_what_factors_make_too_large(dtype, of_factors):
+    large = torch.finfo(dtype).max
+    infinite, last_of_all = torch.full((3,), torch.inf, dtype=dtype), torch.tensor([1.0, -large / 4.1], dtype=dtype)
+    group = together(infinite, some(3, dtype=dtype), last_of_all)
+    for last, is_too_large in ((4.0, False), (4.2, True), (-9.0, False)):  # factors are positive
+        apart = torch.tensor([[9.0, 0.0], [9.0, 0.0], [last, 0.0]], dtype=of_factors)[:, 0]
+        assert kernels.overflow(group, apart) is is_too_large
 
 
 @both_types
