@@ -205,6 +205,13 @@ def test_a_checkpoint_of_another_device_starts_from_the_seed_and_is_not_lost() -
     assert {kind: len(states) for kind, states in resumed.state_dict()["states"].items()} == {"cpu": 1, "cuda": 2}
 
 
+def test_a_state_of_no_generator_is_refused_and_leaves_the_draws_as_they_are() -> None:
+    draws = EqualDraws(3)
+    with pytest.raises(RuntimeError, match="RNG"):
+        draws.load_state_dict({"seed": 0, "states": {"cpu": [torch.zeros(3, dtype=torch.uint8)]}})
+    assert draws.state_dict() == {"seed": 3, "states": {}}
+
+
 class NumberedGenerator:
     """Stands in for generators on several accelerators, of which only device and state matter here."""
 

@@ -141,7 +141,7 @@ class InitialDistribution:
         elif self._init == "quantiles":
             quantiles = torch.tensor(table, **options)
             places = torch.rand(shape, generator=generator, **options).mul_(len(table) - 1)
-            below = places.long().clamp_(max=len(table) - 2)
+            below = places.long()  # there is one above: draws are less than 1, and their product with 256 is exact
             values = quantiles[below].lerp_(quantiles[below + 1], places.sub_(below))
         elif self._init == "kaiming_uniform":
             bound = 1 / math.sqrt(self._fan_in(name))
