@@ -5,7 +5,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -322,3 +322,19 @@ def test_in_float16_the_loss_is_scaled():
     module.net[3].p = 0.0
     value = trainers_loss(Fake(), module)(module, batch)
     assert value.item() == pytest.approx(1024 * cross_entropy(module.net(batch[0]), batch[1]).item())
+
+
+def test_a_parameter_that_the_loss_does_not_depend_on_has_no_direction():
+    model = nn.ModuleDict({"used": nn.Linear(3, 2), "unused": nn.Linear(2, 2)})
+    before = model["unused"].weight.clone()
+    data = [(torch.randn(4, 3), torch.randn(4, 2))]
+    method = DirectionAwareShrink(
+        0.4,
+        0.2,
+        data=data,
+        loss=lambda model, batch: mse_loss(model["used"](batch[0]), batch[1]),
+        every_n_train_steps=1,
+    )
+    method.attach(model)
+    method.step()
+    torch.testing.assert_close(model["unused"].weight, 0.2 * before)

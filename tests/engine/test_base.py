@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from typing_extensions import override
 
+from lightning_plasticity import ContinualBackprop
 from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.engine.examination import Part
 from lightning_plasticity.engine.forward import is_redirected
@@ -601,3 +602,13 @@ def test_a_layer_that_the_optimizer_has_got_since_is_said_in_a_plain_loop() -> N
     method.step()
     assert method.optimizer_steps == steps + 1
     method.detach()
+
+
+def test_without_an_optimizer_or_an_example_what_training_has_called_is_taken_at_the_step():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    method = ContinualBackprop(0.5, 0).attach(model)
+    for _ in range(4):
+        model(torch.randn(5, 3))
+        method.step()
+    assert method.optimizer_steps == 4
+    assert method.replaced > 0

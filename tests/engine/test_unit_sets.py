@@ -38,3 +38,26 @@ def test_units_of_a_norm_whose_weight_is_computed_are_refused() -> None:
     register_parametrization(network[1], "weight", nn.Softplus())
     with pytest.raises(RuntimeError, match="parameters of its own, but '1' is parametrized"):
         check_units(network, units[0])
+
+
+def test_places_of_columns_of_units_that_have_several() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 2, 4), nn.ReLU(), nn.Linear(4, 2)
+    )
+    method = ContinualBackprop().attach(network, example_inputs=(torch.zeros(1, 1, 2, 3),))
+    units, columns = method._population.columns_of({0: torch.tensor([2, 0]), 1: torch.tensor([1])})
+    assert units.tolist() == [2, 2, 0, 0, 4]
+    assert columns.tolist() == [4, 5, 0, 1, 7]
+
+
+@pytest.mark.parametrize("sizes", [(1,), (1, 1), (5,), (1, 5), (5, 5)])
+def test_what_was_read_of_several_batches_is_in_the_state(sizes: tuple[int, ...]) -> None:
+    network = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(network.parameters())
+    method = ContinualBackprop().attach(network, optimizer, (torch.zeros(1, 4),))
+    batches = [torch.randn(size, 4) for size in sizes]
+    for batch in batches:
+        network(batch)
+    heard = network[:2](torch.cat(batches)).detach()
+    sums, rows = method._population.activations.state()
+    torch.testing.assert_close(sums / rows, torch.stack([heard.mean(0), heard.abs().mean(0)]))

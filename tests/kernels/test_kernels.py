@@ -275,3 +275,14 @@ def test_turned_off_from_outside(value, expected):
         check=False,
     )
     assert expected in run.stdout + run.stderr
+
+
+def test_tensors_are_the_same_only_if_each_is():
+    a, b, c = some(2), some(3), some(3)
+    group = Tensors([a, b], [c, b])
+    assert group.are([a, b], [c, b])
+    assert not group.are([a, b])
+    assert not group.are([a], [c, b])
+    assert not group.are([a, b, c], [c, b])
+    assert not group.are([a, b.clone()], [c, b])
+    assert not group.are([a, b], [c, b.clone()])

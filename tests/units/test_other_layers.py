@@ -463,3 +463,20 @@ def test_functions_that_only_want_the_shape_of_units_decide_nothing():
     found = explore(model, VECTOR, {})
     assert {units.name for units in found.units} == {"a"}
     assert invalid(model, VECTOR, found.units) == []
+
+
+def test_a_weight_beside_a_buffer_or_a_part_is_no_linear_layer():
+    own, with_buffer, with_part = (HomeMade(lambda x, w: F.linear(x, w)) for _ in range(3))
+    with_buffer.register_buffer("scale", torch.ones(8))
+    with_part.inner = nn.Identity()
+    assert view_of(own) is not None
+    assert view_of(with_buffer) is None
+    assert view_of(with_part) is None
+
+
+def test_units_of_a_layer_norm_over_channels_and_positions():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LayerNorm([4, 6, 6]), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    (units,) = explore(randomised(model), (torch.randn(2, 3, 8, 8),), {}).units
+    (norm,) = units.norms
+    assert norm.entry.tolist() == list(range(4 * 36))
+    assert norm.unit.tolist() == [unit for unit in range(4) for _ in range(36)]
