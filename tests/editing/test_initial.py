@@ -97,7 +97,9 @@ def test_half_precision_is_drawn_in_single_precision() -> None:
 
 
 @pytest.mark.parametrize("init", ["kaiming_uniform", "reset_parameters"])
-@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 4), lambda: nn.Conv2d(4, 6, 3, groups=2)])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(6, 4), lambda: nn.Conv2d(4, 6, 3, groups=2), lambda: nn.ConvTranspose2d(3, 2, 2)]
+)
 def test_pytorchs_initialisation_is_drawn(make: Callable[[], Any], init: Init) -> None:
     layer = make()
     bound = 1 / math.sqrt(layer.weight[0].numel())
