@@ -10,6 +10,11 @@ Views and new memory are not counted. An operation over a list of tensors (``_fo
 fused kernel for it, and once for each tensor where the shapes of its lists differ, for which it has none. A launch of a
 kernel of Triton counts once, and so does the copy of a table of addresses that it needs. What runs is the path for
 accelerators, on the CPU: tensors say that they are elsewhere.
+
+The aim is 5 %. Methods that read activations or gradients launch one kernel for each layer that is read, 34 on
+ResNet-50 (4.6 %), and a few for all. Parseval regularisation makes two products for each shape of matrices, and
+ResNet-50 has 20 shapes: 40 operations, 5.4 %. Of the small perceptron 5 % are fewer than three operations, while it
+has three layers to read and a step has more than two operations for all.
 """
 
 import argparse
@@ -127,17 +132,17 @@ def count(network: Callable[[], nn.Module], shape: tuple[int, ...], method: Any 
 @contextlib.contextmanager
 def as_on_an_accelerator(counts: Counts) -> Iterator[None]:
     """Tensors say that they are not on the CPU, and kernels of Triton are counted instead of launched."""
-    places = on_gpu.places
+    table = on_gpu._table
 
     def launch(kernel: Any, *_: Any, **__: Any) -> None:
         counts.of[f"Triton {kernel.__name__}"] += 1
 
-    def copy(*tensors: Any) -> Tensor:
+    def copy(*rows: Any) -> Tensor:
         counts.of["copy of addresses"] += 1
-        return places(*tensors)
+        return table(*rows)
 
     is_elsewhere, here = patch.object(torch.Tensor, "is_cpu", False), patch.object(choice, "_found", lambda _: on_gpu)
-    with is_elsewhere, here, patch.object(on_gpu, "_launch", launch), patch.object(on_gpu, "places", copy):
+    with is_elsewhere, here, patch.object(on_gpu, "_launch", launch), patch.object(on_gpu, "_table", copy):
         yield
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -13,9 +13,15 @@ from lightning_plasticity import checks
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.engine.examination import Part
-from lightning_plasticity.functional.parseval_regularization import parseval_update
+from lightning_plasticity.functional.parseval_regularization import (
+    gram_of,
+    parseval_factor,
+    parseval_update,
+    times_gram,
+)
+from lightning_plasticity.kernels import kernels_on
 from lightning_plasticity.layers.flow import flow_in
-from lightning_plasticity.layers.trained import LayerWeights, by_groups
+from lightning_plasticity.layers.trained import LayerWeights, by_groups, groups_of, numbers_on, stacked
 from lightning_plasticity.layers.weights import LayerPatterns, has_inputs_first, weights_in_words
 from lightning_plasticity.names import submodule
 from lightning_plasticity.shards.parts import part_of
@@ -142,7 +148,7 @@ class ParsevalRegularization(PlasticityCallback):
                     updates[weight] = self._update_of_part(weight, value, rate)
             held = [weight for weight in weights if weight not in updates]
             matrices, strengths = [values[w].flatten(1) for w in held], [self._strengths[w] for w in held]
-            found = by_groups(partial(self._update, rate), matrices, strengths)
+            found = self._updates(matrices, strengths, rate)
             updates.update((w, update.view(w.shape)) for w, update in zip(held, found, strict=True))
             self.editor.add(weights, [updates[weight] for weight in weights])
 
@@ -152,11 +158,27 @@ class ParsevalRegularization(PlasticityCallback):
         outputs = weight.shape[1 if has_inputs_first(self.model, name) else 0]
         return self.coefficient * (self.reference_width / outputs) ** 2
 
-    def _update(self, rate: Tensor | float, matrices: Tensor, strength: float) -> Tensor:
-        return parseval_update(matrices, rate * strength, self.target)
+    def _updates(self, matrices: list[Tensor], strengths: Sequence[float], rate: Tensor | float) -> list[Tensor]:
+        """What to add to whole matrices: two products for each group of one shape, and the rest for all together."""
+        kernels = None if not matrices or matrices[0].is_cpu else kernels_on(matrices[0].device.type)
+        if kernels is None or not all(kernels.suit(m.dtype, 0) and m.device == matrices[0].device for m in matrices):
+            return by_groups(lambda m, strength: parseval_update(m, rate * strength, self.target), matrices, strengths)
+        groups = groups_of(matrices, [None] * len(matrices))
+        order = [place for places in groups for place in places]
+        stacks = [stacked([matrices[place] for place in places]) for places in groups]
+        grams = [gram_of(stack) for stack in stacks]
+        norms = torch.stack(torch._foreach_norm([gram for stack in grams for gram in stack.unbind()]))
+        rates = numbers_on(norms.device, tuple(strengths[place] for place in order)) * rate
+        kernels.scale_from_diagonal(grams, self.target, parseval_factor(norms, rates, self.target))
+        updates = [*matrices]
+        for places in groups:  # what is done with is let go, so that there is never much more than the updates
+            products = times_gram(grams.pop(0), stacks.pop(0))
+            for place, update in zip(places, products.unbind(), strict=True):
+                updates[place] = update
+        return updates
 
     def _update_of_part(self, weight: Tensor, value: Tensor, rate: Tensor | float) -> Tensor:
         """What to add to the part of a weight that is here, whose value this is."""
         matrix = whole(shared_out_as(weight, value)).flatten(1)
-        update = self._update(rate, matrix, self._strengths[weight])
+        update = parseval_update(matrix, rate * self._strengths[weight], self.target)
         return part_of(weight).take(update.view(weight.shape))

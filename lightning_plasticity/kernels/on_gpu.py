@@ -41,7 +41,12 @@ def suit(dtype: torch.dtype, size: int) -> bool:
 def places(tensors: Sequence[Tensor], beside: Sequence[Tensor]) -> Tensor:
     """The address and the number of entries of each tensor, and the address of what is beside it."""
     others = [tensor.data_ptr() for tensor in beside] or [0] * len(tensors)
-    rows = [(t.data_ptr(), t.numel(), b) for t, b in zip(tensors, others, strict=True)]
+    return _table(tensors, others)
+
+
+def _table(tensors: Sequence[Tensor], numbers: Sequence[int]) -> Tensor:
+    """The address and the number of entries of each tensor, and a number besides."""
+    rows = [(t.data_ptr(), t.numel(), number) for t, number in zip(tensors, numbers, strict=True)]
     device = tensors[0].device
     table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
     return table.to(device, non_blocking=True)  # from pinned memory: nobody waits for the device
@@ -129,6 +134,13 @@ def scale(tensors: Tensors, factors: Tensor) -> None:
     _launch_for_each(programs.scale, tensors, factors)
 
 
+def scale_from_diagonal(stacks: Sequence[Tensor], target: float, factors: Tensor) -> None:
+    """Multiplies each square matrix of some stacks, minus ``target`` on its diagonal, by its factor."""
+    squares = [matrix for stack in stacks for matrix in stack.unbind()]
+    table = _table(squares, [len(matrix) for matrix in squares])
+    _launch(programs.scale_from_diagonal, _grid(squares), table, factors, target, BLOCK=_BLOCK)
+
+
 def pull(tensors: Tensors, rate: float) -> None:
     """Draws tensors towards what is beside them: adds the ``-rate``-fold of the difference."""
     _launch_for_each(programs.pull, tensors, -rate)
@@ -209,9 +221,12 @@ def clamp(tensors: Tensors, limits: Sequence[float]) -> None:
 
 
 def _launch_for_each(kernel: Any, tensors: Tensors, *arguments: Tensor | float) -> None:
-    largest = max(tensor.numel() for tensor in tensors.tensors)
-    programs = min(_PROGRAMS, triton.cdiv(largest, _BLOCK))
-    _launch(kernel, (len(tensors.tensors), programs), tensors.places, *arguments, BLOCK=_BLOCK)
+    _launch(kernel, _grid(tensors.tensors), tensors.places, *arguments, BLOCK=_BLOCK)
+
+
+def _grid(tensors: Sequence[Tensor]) -> tuple[int, int]:
+    largest = max(tensor.numel() for tensor in tensors)
+    return len(tensors), min(_PROGRAMS, triton.cdiv(largest, _BLOCK))
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], places: Tensor, *arguments: Any, **constants: Any) -> None:

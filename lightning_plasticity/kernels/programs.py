@@ -104,6 +104,18 @@ def scale(places, factors, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def scale_from_diagonal(places, factors, target, BLOCK: tl.constexpr):
+    row = places + 3 * tl.program_id(0)
+    entries, size, side = tl.load(row).to(tl.pointer_type(tl.float32)), tl.load(row + 1), tl.load(row + 2)
+    factor = tl.load(factors + tl.program_id(0))
+    for start in range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        is_inside = at < size
+        entry = tl.load(entries + at, mask=is_inside)
+        tl.store(entries + at, tl.where(at % (side + 1) == 0, entry - target, entry) * factor, mask=is_inside)
+
+
+@triton.jit
 def pull(places, factor, BLOCK: tl.constexpr):
     row = places + 3 * tl.program_id(0)
     entries, targets = tl.load(row).to(tl.pointer_type(tl.float32)), tl.load(row + 2).to(tl.pointer_type(tl.float32))

@@ -29,16 +29,37 @@ def by_groups(function: Callable[[Tensor, K], Tensor], tensors: Sequence[Tensor]
         >>> by_groups(torch.mul, [torch.ones(2), torch.ones(1), torch.zeros(2)], [3.0, 2.0, 3.0])
         [tensor([3., 3.]), tensor([2.]), tensor([0., 0.])]
     """
-    groups: dict[Any, list[int]] = {}
-    for place, (tensor, key) in enumerate(zip(tensors, keys, strict=True)):
-        groups.setdefault((tensor.shape, tensor.dtype, tensor.device, key), []).append(place)
     results = [*tensors]
-    for places in groups.values():
-        one = tensors[places[0]]
-        batch = one.unsqueeze(0) if len(places) == 1 else torch.stack([tensors[place] for place in places])
+    for places in groups_of(tensors, keys):
+        batch = stacked([tensors[place] for place in places])
         for place, result in zip(places, function(batch, keys[places[0]]).unbind(), strict=True):
             results[place] = result
     return results
+
+
+def groups_of(tensors: Sequence[Tensor], keys: Sequence[Any]) -> list[list[int]]:
+    """The places of tensors of one shape, type, device and key each.
+
+    Example:
+        >>> import torch
+        >>> groups_of([torch.ones(2), torch.ones(1), torch.zeros(2)], [0, 0, 0])
+        [[0, 2], [1]]
+    """
+    groups: dict[Any, list[int]] = {}
+    for place, (tensor, key) in enumerate(zip(tensors, keys, strict=True)):
+        groups.setdefault((tensor.shape, tensor.dtype, tensor.device, key), []).append(place)
+    return [*groups.values()]
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape in one, a view of it where there is only one.
+
+    Example:
+        >>> import torch
+        >>> stacked([torch.ones(2)])
+        tensor([[1., 1.]])
+    """
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack([*tensors])
 
 
 def each_times(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
@@ -62,6 +83,18 @@ def each_times(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Ten
 def _numbers(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """For each entry of tensors of these sizes the number of its tensor."""
     return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(device)
+
+
+@lru_cache(maxsize=64)
+def numbers_on(device: torch.device, numbers: tuple[float, ...]) -> Tensor:
+    """Some numbers as a tensor, made once: to copy them at every step would take an operation.
+
+    Example:
+        >>> import torch
+        >>> numbers_on(torch.device("cpu"), (1.0, 2.0))
+        tensor([1., 2.])
+    """
+    return torch.tensor(numbers, device=device)
 
 
 class LayerWeights:

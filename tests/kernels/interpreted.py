@@ -184,6 +184,16 @@ def check_power_iteration() -> None:
         torch.testing.assert_close(step.view(m.shape), factor * torch.outer(u, v))
 
 
+def check_scale_from_diagonal() -> None:
+    generator = torch.Generator().manual_seed(0)
+    stacks = [torch.randn(n, side, side, generator=generator) for n, side in ((2, 40), (1, 1), (3, 5))]
+    factors = torch.randn(6, generator=generator)
+    squares = [square for stack in stacks for square in stack]
+    expected = [f * (square - 0.7 * torch.eye(len(square))) for f, square in zip(factors, squares, strict=True)]
+    on_gpu.scale_from_diagonal(stacks, 0.7, factors)
+    torch.testing.assert_close(squares, expected)
+
+
 def check_training() -> None:
     """Methods do the same with them and without."""
     sgd = partial(torch.optim.SGD, lr=0.05)
@@ -194,9 +204,8 @@ def check_training() -> None:
         launched.add(kernel.__name__)
         launch(kernel, *arguments, **constants)
 
-    for case in CASES:
-        if case.name not in LAUNCHED:
-            continue
+    of_name = {case.name: case for case in CASES}
+    for case in [of_name[name] for name in LAUNCHED]:
         launched.clear()
         with patch.object(choice, "_found", lambda kind: None):
             expected = weights_of(train_plainly(case.make(seed=0), sgd))
@@ -213,6 +222,7 @@ LAUNCHED = {
     "ActivationReset": {"sum_columns", "average_in"},
     "ReDo over steps": {"sum_columns"},
     "SelectiveReinit by gradient": {"average_utilities"},
+    "ParsevalRegularization": {"scale_from_diagonal"},
     "SpectralRegularization": {"times_matrices", "directions", "outer_products"},
 }
 
@@ -224,6 +234,7 @@ if __name__ == "__main__":
     check_what_is_not_finite()
     check_what_is_left_to_pytorch()
     check_power_iteration()
+    check_scale_from_diagonal()
     check_training()
     check()
     check_contributions()

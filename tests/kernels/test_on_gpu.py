@@ -31,6 +31,7 @@ TYPES = [
     ("average_in", {**FOR_EACH, "weight": "fp32"}),
     ("average_utilities", {**FOR_EACH, "gradients": "*i64", "weight": "fp32"}),
     ("scale", {**FOR_EACH, "factors": "*fp32"}),
+    ("scale_from_diagonal", {**FOR_EACH, "factors": "*fp32", "target": "fp32"}),
     ("pull", {**FOR_EACH, "factor": "fp32"}),
     ("contributions", {**WEIGHTS, "sizes": "*fp32", "out": "*fp32", "SIZED": True, "ROWS": 32, "UNITS": 32}),
     ("sum_columns", {"x": "*fp32", **ACTIVATION, "SIZED": True, "ROWS": 32, "CHANNELS": 64}),
