@@ -66,6 +66,12 @@ def _over_splits(apart, splits, channels, channel, ROWS: tl.constexpr, CHANNELS:
 
 
 @triton.jit
+def _moved(average, value, weight):
+    value = tl.where(value * 0 == 0, value, average)  # what is not finite says nothing
+    return average * (1 - weight) + value * weight
+
+
+@triton.jit
 def average_in(places, weight, BLOCK: tl.constexpr):
     row = places + 3 * tl.program_id(0)
     averages, values = tl.load(row).to(tl.pointer_type(tl.float32)), tl.load(row + 2).to(tl.pointer_type(tl.float32))
@@ -74,8 +80,7 @@ def average_in(places, weight, BLOCK: tl.constexpr):
         at = start + tl.arange(0, BLOCK)
         is_inside = at < size
         average, value = tl.load(averages + at, mask=is_inside), tl.load(values + at, mask=is_inside)
-        value = tl.where(value * 0 == 0, value, average)
-        tl.store(averages + at, average * (1 - weight) + value * weight, mask=is_inside)
+        tl.store(averages + at, _moved(average, value, weight), mask=is_inside)
 
 
 @triton.jit
@@ -88,8 +93,7 @@ def average_utilities(places, gradients, weight, BLOCK: tl.constexpr):
         is_inside = at < size
         average = tl.load(averages + at, mask=is_inside)
         value = tl.abs(tl.load(weights + at, mask=is_inside) * tl.load(slopes + at, mask=is_inside))
-        value = tl.where(value * 0 == 0, value, average)
-        tl.store(averages + at, average * (1 - weight) + value * weight, mask=is_inside)
+        tl.store(averages + at, _moved(average, value, weight), mask=is_inside)
 
 
 @triton.jit
