@@ -27,7 +27,8 @@ class Layer:
     first: int = 0  # number of its first output channel
     passes: bool = False  # a depthwise convolution whose channels belong to the units that feed it
     site: int = 0  # a bit of its own
-    reach: int = 0  # the bits of the layers that its units may come to, 1 for the network's output; -1 where unknown
+    # the bits of the layers and norms that its units may come to, 1 for the network's output; -1 where unknown
+    reach: int = 0
     calls: int = 0  # in one forward pass
     inside: str | None = None  # the module whose call it is part of, where that holds several layers
     joins: Layer | None = None  # the layer whose units its outputs belong to, where a module adds the two up
@@ -92,6 +93,11 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):
             yield from tensors_in(getattr(value, field.name))
+
+
+def memory(x: Tensor) -> int:
+    """What two tensors have in common of which one is a view of the other."""
+    return int(x.untyped_storage()._cdata)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ class _Marked(Watch):
 
     def __init__(self, network: Network, marked: Tensor) -> None:
         super().__init__(network)
+        self.mark(marked)
+
+    def mark(self, marked: Tensor) -> None:
+        """From here on these channels are NaN."""
         self.marked = marked
         self._factors = nan_factors(marked)
 
@@ -94,8 +98,23 @@ def _varying_dim(x: Tensor) -> int | None:
     return varying[0] - x.ndim if len(varying) == 1 else None
 
 
-# For each channel of each site, the bits of the runs in which NaN was seen there.
-Seen: TypeAlias = dict[Site, Tensor]
+class Seen(dict[Site, Tensor]):
+    """For each channel of each site, the bits of the runs in which NaN was seen there.
+
+    They lie together: small tensors that stay, made between large ones, would split the memory.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._room = torch.zeros(0, dtype=torch.int64)
+
+    def add(self, site: Site, nans: Tensor, bit: int) -> None:
+        """Notes where NaN was seen in the run for a bit."""
+        if site not in self:
+            if len(self._room) < len(nans) or self._room.device != nans.device:
+                self._room = torch.zeros(max(len(nans), 1 << 16), dtype=torch.int64, device=nans.device)
+            self[site], self._room = self._room[: len(nans)], self._room[len(nans) :]
+        self[site] |= nans.to(torch.int64) << bit
 
 
 class ReadCodes(_Marked):
@@ -108,11 +127,7 @@ class ReadCodes(_Marked):
         self.bit, self.found, self.seen = bit, found, seen
 
     def _record(self, site: Site, nans: Tensor) -> None:
-        bits = nans.to(torch.int64) << self.bit
-        if site in self.seen:  # in place: small tensors that stay, made between large ones, would split the memory
-            self.seen[site] |= bits
-        else:
-            self.seen[site] = bits
+        self.seen.add(site, nans, self.bit)
 
     @override
     def arrives(self, layer: Layer, x: Tensor) -> Tensor:
@@ -221,6 +236,7 @@ class Proof(_Marked):
             gate = gate.index_fill(dim, own.to(gate.device), 0.0)
         if any_nan(gate):
             self._escaped("a product with other units")
+            gate = clean(gate)
         return gate
 
     @override

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_plasticity.layer_views import TORCH_LAYERS
-from lightning_plasticity.units.channels import Layer, tensors_in, weights_of
+from lightning_plasticity.units.channels import Layer, memory, tensors_in, weights_of
 from lightning_plasticity.units.nans import any_nan, clean
 from lightning_plasticity.units.network import Network
 from lightning_plasticity.units.probing import (
@@ -28,11 +28,6 @@ T = TypeVar("T")
 _CHANGES = frozenset(
     ("mul", "__mul__", "__rmul__", "div", "__truediv__", "sub", "__sub__", "mean", "std", "var", "norm", "round")
 )
-
-
-def memory(x: Tensor) -> int:
-    """What two tensors have in common of which one is a view of the other."""
-    return int(x.untyped_storage()._cdata)
 
 
 def _by_memory(parameters: Iterable[tuple[nn.Parameter, T]]) -> dict[int, T]:
@@ -62,8 +57,9 @@ class Survey(Watch):
         self._foreign = _by_memory((p, name) for name, m in network.foreign.items() for p in weights_of(m))
         self.nan_outputs = False
         self._bit = {layer: 2 << place for place, layer in enumerate(network.layers)}
+        self.norm_sites = {name: 2 << place for place, name in enumerate(network.norms, len(network.layers))}
         self._sources: dict[int, int] = {}  # memory -> the layers whose units may be in it, as bits
-        self._read: dict[int, int] = defaultdict(int)  # a layer's bit, 1 for the output -> the layers that it may read
+        self._read: dict[int, int] = defaultdict(int)  # a layer's or norm's bit, 1 for the output -> what it may read
 
     @override
     def arrives(self, layer: Layer, x: Tensor) -> Tensor:
@@ -72,6 +68,10 @@ class Survey(Watch):
             self.order.append(layer)
         self._read[self._bit[layer]] |= self._sources.get(memory(x), 0)
         return x
+
+    @override
+    def passes_norm(self, name: str, x: Tensor, dim: int | None) -> None:
+        self._read[self.norm_sites[name]] |= self._sources.get(memory(x), 0)
 
     @override
     def leaves(self, layer: Layer, output: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_plasticity.units.channels import Layer, Site
 from lightning_plasticity.units.examining import ForwardError
+from lightning_plasticity.units.in_turn import ProofsInTurn
 from lightning_plasticity.units.network import Network
 from lightning_plasticity.units.probing import Watch, describe
 from lightning_plasticity.units.runs import Escape, FindGates, Noise, Proof, ReadCodes, Seen, SharedProof
@@ -96,7 +97,7 @@ class Wiring:
                 "finite, or name a part of the network with module=."
             )
         survey.mark()
-        self.foreign = survey.foreign
+        self.foreign, self.norm_sites = survey.foreign, survey.norm_sites
         self._try_stand_ins(survey)
         layers = [layer for layer in survey.order if layer.reason is None]
         first = 0
@@ -184,7 +185,7 @@ class Wiring:
         """Where NaN comes of these units in turn, and the gates on their way."""
         found = FindGates(self.network, torch.arange(self.count) % 2 == 0)
         found.run()
-        seen: Seen = {}
+        seen = Seen()
         for bit, marked in enumerate(marks):
             ReadCodes(self.network, marked, bit, found, seen).run()
         return found, seen
@@ -297,14 +298,29 @@ class Wiring:
         for group in proven:
             group.exact = not self._is_read_at_mixing_norm(group)
         candidates = [group for group in proven if group.exact]
-        silent = _largest_part(candidates, self._nothing_hears_noise)
-        for group in candidates:
-            if group not in silent:
-                # A mixing norm may see the units where others' are in the same channel of another position.
+        if not self._nothing_hears_noise(candidates):
+            # A mixing norm may see the units where others' are in the same channel of another position.
+            for group in self._that_pass_mixing_norms(candidates):
                 group.exact = False
-                if not self.escape(self.members([group])).mixing_norms:
-                    proven.remove(group)
+            candidates = [group for group in candidates if group.exact]
+            silent = _largest_part(candidates, self._nothing_hears_noise)
+            for group in candidates:
+                if group not in silent:
+                    group.exact = False
+                    if not self.escape(self.members([group])).mixing_norms:
+                        proven.remove(group)
         return proven
+
+    def _that_pass_mixing_norms(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups whose units come to a norm that mixes. Those that cannot meet share their runs."""
+        members = [self.members([group]) for group in groups]
+        reaches = [self._reach(own) for own in members]
+        found = []
+        for batch in _apart(reaches):
+            norms = self.escape(torch.stack([members[i] for i in batch]).any(0)).mixing_norms
+            sites = [self.norm_sites[name] for name in norms]
+            found += [groups[i] for i in batch if any(reaches[i] & site for site in sites)]
+        return found
 
     def _is_read_at_mixing_norm(self, group: Group) -> bool:
         return any(
@@ -347,6 +363,18 @@ class Wiring:
 
         for batch in _apart(reaches):
             prove(batch)
+        return found
+
+    def escapes_in_turn(self, sets: Sequence[Tensor]) -> list[Escape | None]:
+        """Like ``escapes``, for sets of which most escape: then one run is enough for many that meet."""
+        found: list[Escape | None] = [None] * len(sets)
+        waiting = list(range(len(sets)))
+        while waiting:
+            proofs = ProofsInTurn(self.network, [sets[i] for i in waiting], self.units, self.found)
+            proofs.run()
+            for place, escape in proofs.told.items():
+                found[waiting[place]] = escape
+            waiting = [i for place, i in enumerate(waiting) if proofs.told and place not in proofs.told]
         return found
 
     def _reach(self, members: Tensor) -> int:
