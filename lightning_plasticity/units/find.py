@@ -127,7 +127,7 @@ def _explain(wiring: Wiring) -> None:
     proven = wiring.members(wiring.proven)
     unproven = [layer for layer in wiring.layers if not bool(proven[layer.numbers].any()) and layer.unmarked is None]
     alone = [layer for layer in unproven if layer.joins is None]
-    escapes = wiring.escapes_in_turn([_every_second(wiring, layer) for layer in alone])
+    escapes = wiring.prover.escapes_in_turn([_every_second(wiring, layer) for layer in alone])
     reasons = [_reason(escape) for escape in escapes]
     for layer, reason in zip(alone, reasons, strict=True):
         layer.reason = reason

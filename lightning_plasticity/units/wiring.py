@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lightning_plasticity.units.channels import Layer, Site
 from lightning_plasticity.units.examining import ForwardError
-from lightning_plasticity.units.in_turn import ProofsInTurn
 from lightning_plasticity.units.network import Network
 from lightning_plasticity.units.probing import Watch, describe
-from lightning_plasticity.units.runs import Escape, FindGates, Noise, Proof, ReadCodes, Seen, SharedProof
+from lightning_plasticity.units.proving import Prover, apart
+from lightning_plasticity.units.runs import FindGates, ReadCodes, Seen
 from lightning_plasticity.units.survey import Decisions, Rehearsal, Survey
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ class Wiring:
         self.layers = self._survey()
         self.count = sum(layer.size for layer in self.layers)
         self.units: dict[Site, Tensor] = {}
-        self.found = FindGates(network, torch.zeros(0, dtype=torch.bool))
+        self.prover = Prover(network, self.layers, self.units, FindGates(network, torch.zeros(0, dtype=torch.bool)))
         self.root = torch.arange(self.count)
         self.is_gate = torch.zeros(self.count, dtype=torch.bool)
         self.proven: list[Group] = []
@@ -193,7 +193,7 @@ class Wiring:
     def _read(self) -> None:
         """Reads which unit feeds what."""
         words = codewords(self.count)
-        self.found, seen = self._see((words >> bit & 1).bool() for bit in range(int(words.max()).bit_length()))
+        found, seen = self._see((words >> bit & 1).bool() for bit in range(int(words.max()).bit_length()))
         self.units = {}
         unusable = {Site("column", layer.name) for layer in self.network.layers if layer.reason is not None}
         for site, on_device in seen.items():
@@ -201,9 +201,10 @@ class Wiring:
             place = torch.searchsorted(words, code).clamp(max=self.count - 1)
             known = (words[place] == code) & (site not in unusable)
             self.units[site] = torch.where(known, place, -1)
-        self._join()
+        self._join(found)
+        self.prover = Prover(self.network, self.layers, self.units, found)
 
-    def _join(self) -> None:
+    def _join(self, found: FindGates) -> None:
         """Gives each unit that belongs to another its root.
 
         These are the channels of passed depthwise convolutions, units that go on from the state of others, and gates. A
@@ -235,7 +236,7 @@ class Wiring:
                         root[unit] = find(state)
                     else:
                         states[channel] = -1
-        for event in sorted(event for event, gate in self.found.gates.items() if gate.dim is not None):
+        for event in sorted(event for event, gate in found.gates.items() if gate.dim is not None):
             gates, values = self.units[Site("gate", str(event))], self.units[Site("value", str(event))]
             for channel, (gate, value) in enumerate(zip(gates.tolist(), values.tolist(), strict=True)):
                 if gate < 0:
@@ -291,7 +292,7 @@ class Wiring:
         """The groups whose units reach their own columns and nothing else."""
         proven = list(groups)
         if not self._none_escapes(groups):
-            escapes = self.escapes([self.members([group]) for group in groups])
+            escapes = self.prover.escapes([self.members([group]) for group in groups])
             proven = [group for group, escape in zip(groups, escapes, strict=True) if escape is None]
             if not self._none_escapes(proven):  # units have come where the survey did not see their way
                 proven = _largest_part(groups, self._none_escapes)
@@ -307,17 +308,17 @@ class Wiring:
             for group in candidates:
                 if group not in silent:
                     group.exact = False
-                    if not self.escape(self.members([group])).mixing_norms:
+                    if not self.prover.escape(self.members([group])).mixing_norms:
                         proven.remove(group)
         return proven
 
     def _that_pass_mixing_norms(self, groups: Sequence[Group]) -> list[Group]:
         """The groups whose units come to a norm that mixes. Those that cannot meet share their runs."""
         members = [self.members([group]) for group in groups]
-        reaches = [self._reach(own) for own in members]
+        reaches = [self.prover.reach(own) for own in members]
         found = []
-        for batch in _apart(reaches):
-            norms = self.escape(torch.stack([members[i] for i in batch]).any(0)).mixing_norms
+        for batch in apart(reaches):
+            norms = self.prover.escape(torch.stack([members[i] for i in batch]).any(0)).mixing_norms
             sites = [self.norm_sites[name] for name in norms]
             found += [groups[i] for i in batch if any(reaches[i] & site for site in sites)]
         return found
@@ -330,90 +331,17 @@ class Wiring:
         )
 
     def _none_escapes(self, groups: Sequence[Group]) -> bool:
-        return self.escape(self.members(groups)).escape is None
-
-    def escape(self, members: Tensor) -> Proof:
-        """Runs the proof for the units of a mask."""
-        proof = Proof(self.network, members, self.units, self.found)
-        proof.run()
-        return proof
-
-    def escapes(self, sets: Sequence[Tensor]) -> list[Escape | None]:
-        """The first escape of each of several sets of units. Those that cannot meet share their runs."""
-        reaches = [self._reach(members) for members in sets]
-        found: list[Escape | None] = [None] * len(sets)
-
-        def prove(batch: list[int]) -> None:
-            if len(batch) == 1:
-                found[batch[0]] = self.escape(sets[batch[0]]).escape
-                return
-            proof = SharedProof(self.network, torch.stack([sets[i] for i in batch]).any(0), self.units, self.found)
-            proof.run()
-            nobodys = proof.stopped
-            for escape in proof.escapes:
-                site = 1 if escape.at is None else escape.at.site
-                whose = [i for i in batch if reaches[i] & site]
-                nobodys |= not whose
-                for i in whose:
-                    found[i] = found[i] or escape
-            open_ones = [i for i in batch if found[i] is None] if nobodys else []
-            for part in (open_ones[: len(open_ones) // 2], open_ones[len(open_ones) // 2 :]):
-                if part:
-                    prove(part)
-
-        for batch in _apart(reaches):
-            prove(batch)
-        return found
-
-    def escapes_in_turn(self, sets: Sequence[Tensor]) -> list[Escape | None]:
-        """Like ``escapes``, for sets of which most escape: then one run is enough for many that meet."""
-        found: list[Escape | None] = [None] * len(sets)
-        waiting = list(range(len(sets)))
-        while waiting:
-            proofs = ProofsInTurn(self.network, [sets[i] for i in waiting], self.units, self.found)
-            proofs.run()
-            for place, escape in proofs.told.items():
-                found[waiting[place]] = escape
-            waiting = [i for place, i in enumerate(waiting) if proofs.told and place not in proofs.told]
-        return found
-
-    def _reach(self, members: Tensor) -> int:
-        """The layers that units may come to, as bits."""
-        reach = 0
-        for layer in self.layers:
-            if bool(members[layer.numbers].any()):
-                reach |= layer.reach
-        return reach
+        return self.prover.escape(self.members(groups)).escape is None
 
     def _nothing_hears_noise(self, groups: Sequence[Group]) -> bool:
         """Whether all that counts is the same to the last bit whatever half of the units carry, and then the others."""
         members = self.members(groups)
         half = torch.rand(self.count, generator=torch.Generator().manual_seed(0)) < 0.5
-        return all(self._same_with_noise(members & chosen[self.root]) for chosen in (half, ~half))
-
-    def _same_with_noise(self, members: Tensor) -> bool:
-        runs = [Noise(self.network, members, self.units, seed) for seed in (0, 1)]
-        for noise in runs:
-            noise.run()
-        return runs[0].seen == runs[1].seen and not any(noise.refused for noise in runs)
+        return all(self.prover.same_with_noise(members & chosen[self.root]) for chosen in (half, ~half))
 
 
 def _unique_in_order(values: Tensor) -> list[int]:
     return list(dict.fromkeys(values.tolist()))
-
-
-def _apart(reaches: Sequence[int]) -> list[list[int]]:
-    """Puts numbers that have no bit in common together, in as few batches as come of it by taking each as it comes."""
-    batches: list[list[int]] = []
-    taken: list[int] = []
-    for place, reach in enumerate(reaches):
-        batch = next((i for i, bits in enumerate(taken) if not bits & reach), len(batches))
-        if batch == len(batches):
-            batches.append([])
-            taken.append(0)
-        batches[batch].append(place)
-        taken[batch] |= reach
-    return batches
 
 
 def _largest_part(groups: Sequence[T], holds: Callable[[Sequence[T]], bool], known_to_fail: bool = False) -> list[T]:

@@ -15,7 +15,7 @@ from units.test_runs import Function, wiring_of
 
 
 def alone(wiring: Wiring, sets: list[Tensor]) -> list[Escape | None]:
-    return [wiring.escape(members).escape for members in sets]
+    return [wiring.prover.escape(members).escape for members in sets]
 
 
 def compare(model: nn.Module, *inputs) -> tuple[list[Escape], int]:
@@ -24,10 +24,10 @@ def compare(model: nn.Module, *inputs) -> tuple[list[Escape], int]:
     nobody = torch.zeros(wiring.count, dtype=torch.bool)
     sets = [nobody, *(_every_second(wiring, layer) for layer in wiring.layers)]
     expected = alone(wiring, sets)
-    assert wiring.escapes_in_turn(sets) == expected
+    assert wiring.prover.escapes_in_turn(sets) == expected
     escaping = [(members, escape) for members, escape in zip(sets, expected, strict=True) if escape is not None]
     before = wiring.network.runs
-    assert wiring.escapes_in_turn([members for members, _ in escaping]) == [escape for _, escape in escaping]
+    assert wiring.prover.escapes_in_turn([members for members, _ in escaping]) == [escape for _, escape in escaping]
     return [escape for _, escape in escaping], wiring.network.runs - before
 
 
@@ -131,7 +131,7 @@ def test_a_decision_or_a_refusal_ends_the_run_and_the_others_are_told_in_the_nex
     wiring = wiring_of(Function(forward, **parts), torch.randn(3, 6))
     sets = [_every_second(wiring, layer) for layer in wiring.layers]
     checks.append(True)
-    found = wiring.escapes_in_turn(sets)
+    found = wiring.prover.escapes_in_turn(sets)
     assert found == alone(wiring, sets)
     assert [escape.where for escape in found] == [
         "a decision (gt)",
@@ -155,7 +155,7 @@ def test_a_decision_that_nan_takes_sends_no_other_units_another_way() -> None:
 
     wiring = wiring_of(Function(forward, **linears("first", "second", "third", "fourth")), torch.randn(3, 6))
     sets = [_every_second(wiring, layer) for layer in wiring.layers]
-    found = wiring.escapes_in_turn(sets)
+    found = wiring.prover.escapes_in_turn(sets)
     assert found == alone(wiring, sets)
     assert found[1].at.name == "third"
 
@@ -183,7 +183,7 @@ def test_a_layer_that_is_called_again_after_its_escape_is_not_marked() -> None:
 
     wiring = wiring_of(Function(forward, **linears("first", "second", "third", "last")), torch.randn(3, 6))
     sets = [_every_second(wiring, layer) for layer in wiring.layers if layer.name in ("first", "last")]
-    found = wiring.escapes_in_turn(sets)
+    found = wiring.prover.escapes_in_turn(sets)
     assert found == alone(wiring, sets)
     assert [escape.at and escape.at.name for escape in found] == ["second", None]
 
@@ -222,7 +222,7 @@ def test_the_networks_own_error_is_raised() -> None:
     wiring = wiring_of(Function(forward, first=nn.Linear(6, 6), second=nn.Linear(6, 2)), torch.randn(3, 6))
     limit[0] = len(calls)
     with pytest.raises(RuntimeError, match="tired"):
-        wiring.escapes_in_turn([_every_second(wiring, layer) for layer in wiring.layers])
+        wiring.prover.escapes_in_turn([_every_second(wiring, layer) for layer in wiring.layers])
 
 
 # ---- norms without entries
