@@ -404,6 +404,20 @@ def test_a_network_and_tensors_are_required() -> None:
 
 
 def test_what_an_error_shows_is_short() -> None:
-    assert len(checks.shown("x" * 1000)) < 100
-    assert len(checks.shown(torch.zeros(1000))) < 100
+    assert len(checks.shown("x" * 1000)) == 60
+    assert len(checks.shown(torch.zeros(1000))) == 60 + len(" (a Tensor)")
     assert len(checks.shown(list(range(1000)))) < 100
+    assert [checks.shown(value) for value in (None, True, 1, 1.5)] == ["None", "True", "1", "1.5"]
+
+
+def test_of_many_names_four_are_shown() -> None:
+    assert checks.few([]) == ""
+    assert checks.few(list("abcd")) == "'a', 'b', 'c', 'd'"
+    assert checks.few(list("abcde")) == "'a', 'b', 'c', 'd' and 1 more"
+
+
+def test_instances_are_all_of_one_kind() -> None:
+    assert checks.instances("numbers", iter([1, 2]), kind=int) == (1, 2)
+    for value in ([1, "a"], ["a", 1], [], "12", b"12", {1: 2}, torch.ones(2), 1):
+        with pytest.raises(ValueError, match="numbers must be one int or more in a list, got"):
+            checks.instances("numbers", value, kind=int)

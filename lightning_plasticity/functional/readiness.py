@@ -101,4 +101,4 @@ def readiness_of(
     """The measure, given what :func:`readiness_sums` gives."""
     squared = (gradient / examples).square().sum()
     below = (loss / examples) * (squares / batches)
-    return torch.where(below == 0, torch.zeros_like(below), squared.square() / torch.where(below == 0, 1.0, below))
+    return torch.where(below == 0, 0.0, squared.square() / below)

@@ -82,8 +82,8 @@ def spectral_step(sigma: Tensor, rate: Tensor | float, power: int = 2) -> Tensor
         >>> spectral_step(torch.tensor(2.0), 0.01), spectral_step(torch.tensor(2.0), 1.0)
         (tensor(-0.2400), tensor(-1.))
     """
-    step = -2 * rate * power * sigma ** (power - 1) * (sigma**power - 1)
-    return torch.minimum(step.abs(), (1 - sigma).abs()) * (1 - sigma).sign()
+    size = (2 * rate * power * sigma ** (power - 1) * (sigma**power - 1)).abs()
+    return torch.minimum(size, (1 - sigma).abs()) * (1 - sigma).sign()
 
 
 def vector_factor(square: Tensor, rate: Tensor | float, power: int = 2) -> Tensor:

@@ -212,6 +212,15 @@ def test_settings_are_checked(measure, settings, message):
         measure(torch.ones(2, 2), **settings)
 
 
+def test_a_margin_may_be_anything_below_half_the_distance_between_the_bounds():
+    features = torch.tensor([[1.0, 3.0, 4.25, 6.0]])  # between bounds of 2 and 6, whose middle is 4
+    for margin, share in ((0, 0.5), (1.0, 0.75), (1.74, 0.75), (1.75, 1.0), (1.99, 1.0)):
+        assert saturated_units(features, low=2, high=6, margin=margin).item() == share
+    for settings in ({"margin": 2.0}, {"low": 6.0, "margin": 0.0}):
+        with pytest.raises(ValueError, match="low < high and 0 <= margin"):
+            saturated_units(features, **{"low": 2.0, "high": 6.0, **settings})
+
+
 def test_linearized_units_unit_by_unit():
     torch.manual_seed(0)
     features = torch.randn(20, 7)

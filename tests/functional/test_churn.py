@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 import torch
@@ -26,9 +27,18 @@ def test_a_class_that_was_impossible_adds_nothing():
     assert float(churn(after, before)) == math.inf
 
 
+def test_classes_are_in_the_last_dimension_and_all_before_it_are_examples():
+    before, after = torch.randn(2, 2, 4, 3, generator=torch.Generator().manual_seed(0)).double()
+    assert float(churn(before, after)) == pytest.approx(float(churn(before.view(8, 3), after.view(8, 3))))
+    row = before[0, 0], after[0, 0]
+    assert float(churn(*row)) == pytest.approx(float(churn(*(one.unsqueeze(0) for one in row))))
+    assert float(churn(torch.tensor([1.0]), torch.tensor([3.0]), "values")) == 4
+
+
 def test_what_cannot_be_compared_is_refused():
-    with pytest.raises(ValueError, match=r"got shapes \(2, 3\) and \(2, 2\)"):
-        churn(torch.zeros(2, 3), torch.zeros(2, 2))
+    for before, after in (((2, 3), (2, 2)), ((0, 3), (0, 3)), ((), ())):
+        with pytest.raises(ValueError, match=re.escape(f"got shapes {before} and {after}")):
+            churn(torch.zeros(before), torch.zeros(after))
     metric, model = Churn(), nn.Linear(2, 3)
     metric.update(model, torch.zeros(1, 2))
     with pytest.raises(ValueError, match=r"All updates must have the same inputs.*probe_batch"):

@@ -258,7 +258,8 @@ def test_gradient_dormancy_row_by_row():
     assert chosen.count(True) == 3
     assert gradient_dormancy(gradients).item() == pytest.approx(3 / 11)
     assert gradient_dormancy([torch.zeros(2, 2)]).item() == 1
-    assert gradient_dormancy([torch.full((2, 2), 1e-9)], tau=0.51).item() == 1  # 1e-9 / (1e-9 + 1e-9)
+    tiny = [torch.full((2, 2), 2e-9)]  # 2e-9 / (2e-9 + 1e-9)
+    assert [gradient_dormancy(tiny, tau=tau).item() for tau in (0.66, 0.67)] == [0, 1]
     assert gradient_dormancy([torch.full((2, 2), float("nan"))]).isnan()
     with pytest.raises(ValueError, match="At least one gradient of a weight matrix or kernel is required"):
         gradient_dormancy([torch.zeros(2)])

@@ -66,6 +66,16 @@ def test_values_are_those_of_a_training_loop():
     assert steps.item() == pytest.approx(first[0] / first[1])
 
 
+def test_all_parameters_of_both_networks_learn_in_training_mode():
+    ready, held = without_dropout(0), without_dropout(0).eval().requires_grad_(False)
+    settings = {"measure": "loss", "budget": 20, "learning_rate": 1e-2}
+    wanted = trainability(ready, INPUTS, lambda: without_dropout(1), **settings)
+    fresh = without_dropout(1).eval().requires_grad_(False)
+    assert trainability(held, INPUTS, lambda: fresh, **settings).item() == wanted.item()
+    assert not held.training
+    assert not any(parameter.requires_grad for parameter in held.parameters())
+
+
 @pytest.mark.parametrize("measure", ["steps", "loss"])
 def test_a_fresh_network_is_near_1_and_a_damaged_one_above(measure):
     assert 0.5 < trainability(network(5), INPUTS, measure=measure, **QUICK).item() < 2
