@@ -78,7 +78,7 @@ def _attempts(
             yield Kind(transposed, 1), (1, 3, rows.shape[1]), partial(functional.linear, weight=rows, bias=bias)
         return
     groups = getattr(module, "groups", 1)
-    if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
+    if not isinstance(groups, int) or groups < 1:
         return
     usual = [0, tuple(size // 2 for size in weight.shape[2:])]
     for padding in [module.padding] if hasattr(module, "padding") else usual:

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     model, shape = _named_model(options.model)
     if options.size:
-        shape = (*shape[:-2], options.size, options.size)
+        shape = (*shape[:2], options.size, options.size)
     find_units(model, torch.zeros(shape).normal_(), explain=True)
 
 

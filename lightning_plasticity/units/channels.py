@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -24,14 +24,15 @@ class Layer:
     view: LayerView
     reason: str | None = None
     unmarked: str | None = None  # why its units are never NaN, though its columns are read
-    first: int = 0  # number of its first output channel
     passes: bool = False  # a depthwise convolution whose channels belong to the units that feed it
-    site: int = 0  # a bit of its own
-    # the bits of the layers and norms that its units may come to, 1 for the network's output; -1 where unknown
-    reach: int = 0
-    calls: int = 0  # in one forward pass
     inside: str | None = None  # the module whose call it is part of, where that holds several layers
     joins: Layer | None = None  # the layer whose units its outputs belong to, where a module adds the two up
+    # known once the network has been surveyed
+    first: int = field(init=False)  # number of its first output channel, where it can be used
+    site: int = field(init=False)  # a bit of its own
+    # the bits of the layers and norms that its units may come to, 1 for the network's output; -1 where unknown
+    reach: int = field(init=False)
+    calls: int = field(init=False)  # in one forward pass
 
     @property
     def call(self) -> str:
@@ -91,8 +92,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         for item in value.values():
             yield from tensors_in(item)
     elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            yield from tensors_in(getattr(value, field.name))
+        for part in fields(value):
+            yield from tensors_in(getattr(value, part.name))
 
 
 def memory(x: Tensor) -> int:

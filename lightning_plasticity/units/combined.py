@@ -64,7 +64,7 @@ class Combined:
     def _attend(self, watch: Passes, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
         attended, weights = output
         query, key, value = (
-            watch.leave(self.layers[part], attended.new_zeros(1, self.layers[part].size))
+            watch.leave(self.layers[part], attended.new_zeros(self.layers[part].size))
             for part in ("q_proj", "k_proj", "v_proj")
         )
         watch.score(query)
@@ -108,7 +108,7 @@ class Combined:
     def _leave_cell(self, watch: Passes, output: Any) -> Any:
         units, *cells = output if isinstance(output, tuple) else (output,)
         layer = self.layers["ih"]
-        watch.arrive(self.layers["hh"], watch.leave(layer, units.new_zeros(1, layer.size)))
+        watch.arrive(self.layers["hh"], watch.leave(layer, units.new_zeros(layer.size)))
         left = [watch.leave(layer, x) for x in (units, *cells)]
         return tuple(left) if cells else left[0]
 
@@ -133,11 +133,11 @@ class Combined:
 
     def _repeat(self, watch: Passes, suffix: str, like: Tensor) -> Tensor:
         """The units of a direction of a layer, which arrive at their own recurrent weights."""
-        units = watch.leave(self.layers[f"ih{suffix}"], like.new_zeros(1, self.layers[f"ih{suffix}"].size))
+        units = watch.leave(self.layers[f"ih{suffix}"], like.new_zeros(self.layers[f"ih{suffix}"].size))
         if f"hr{suffix}" in self.layers:
             projection = self.layers[f"hr{suffix}"]
             watch.arrive(projection, units)
-            units = watch.leave(projection, like.new_zeros(1, projection.size))
+            units = watch.leave(projection, like.new_zeros(projection.size))
         watch.arrive(self.layers[f"hh{suffix}"], units)
         return units
 

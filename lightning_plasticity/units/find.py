@@ -139,7 +139,7 @@ def _explain(wiring: Wiring) -> None:
 def _every_second(wiring: Wiring, layer: Layer) -> Tensor:
     """Half of a layer's units: where all inputs of a layer then arrive as NaN, the units were mixed before."""
     chosen = torch.zeros(wiring.count, dtype=torch.bool)
-    chosen[wiring.root[layer.numbers[:: 2 if layer.size > 1 else 1]]] = True
+    chosen[wiring.root[layer.numbers[::2]]] = True
     return chosen[wiring.root]
 
 

@@ -55,7 +55,7 @@ class ProofsInTurn(Proof):
         return super().leaves(layer, output)
 
     @override
-    def _escaped(self, where: str, at: Layer | None = None, mixed: bool = False) -> None:
+    def _escaped(self, where: str, at: Layer | None = None, mixed: bool | None = None) -> None:
         if self._whose_turn is None:
             return
         self.told[self._whose_turn] = Escape(where, at, mixed)

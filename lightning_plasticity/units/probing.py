@@ -49,6 +49,7 @@ _ACTIVATIONS = frozenset(
         *("softshrink", "logsigmoid", "threshold"),
     )
 )
+_OTHER_NAMES = {"_threshold": "threshold", "log_sigmoid": "logsigmoid"}  # what functions call themselves
 _PRODUCTS = frozenset(["mul", "multiply", "__mul__", "__rmul__", "__imul__"])
 LAYER_CALLS = frozenset(["linear", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))])
 MATRIX_CALLS = LAYER_CALLS | frozenset(
@@ -417,7 +418,7 @@ class Watch(TorchFunctionMode):
     def _before_call(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[Any]:
         if self.surveys:
             self.uses_parameters(name, [*args, *kwargs.values()])
-        kind = name.rstrip("_")
+        kind = _OTHER_NAMES.get(name, name.rstrip("_"))
         if kind in _ACTIVATIONS and args:
             if kind == "hardtanh" and (args[1] if len(args) > 1 else kwargs.get("min_val", -1.0)) >= 0:
                 kind = "relu6"  # what nn.ReLU6 calls

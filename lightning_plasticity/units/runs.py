@@ -182,7 +182,7 @@ class Escape:
 
     where: str
     at: Layer | None = None
-    mixed: bool = False  # all of that layer's inputs were NaN
+    mixed: bool | None = None  # whether all of that layer's inputs were NaN
 
 
 OUTPUT = "the network's output"
@@ -203,7 +203,7 @@ class Proof(_Marked):
         self.escape: Escape | None = None
         self.mixing_norms: set[str] = set()  # that NaN has passed
 
-    def _escaped(self, where: str, at: Layer | None = None, mixed: bool = False) -> None:
+    def _escaped(self, where: str, at: Layer | None = None, mixed: bool | None = None) -> None:
         self.escape = Escape(where, at, mixed)
         raise StopRun
 
@@ -278,7 +278,7 @@ class SharedProof(Proof):
         self.stopped = False  # by an escape that may be anybody's
 
     @override
-    def _escaped(self, where: str, at: Layer | None = None, mixed: bool = False) -> None:
+    def _escaped(self, where: str, at: Layer | None = None, mixed: bool | None = None) -> None:
         if at is None and where != OUTPUT:
             self.stopped = True
             raise StopRun
@@ -333,8 +333,8 @@ class Noise(Watch):
 
     @override
     def leave(self, layer: Layer, output: Tensor) -> Tensor:
-        members = self.members[layer.first : layer.first + layer.size]
-        if layer.reason is not None or not bool(members.any()):
+        members = None if layer.reason is not None else self.members[layer.first : layer.first + layer.size]
+        if members is None or not bool(members.any()):
             return output
         noise = torch.randn(min(output.numel(), 4096), generator=self.generator)
         noise = noise.repeat(-(-output.numel() // len(noise)))[: output.numel()].view(output.shape).to(output)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.layers.flow import INPUT, normalises, run_with, trace
+from lightning_plasticity.layers.flow import INPUT, flow_in, normalises, run_with, trace
+from lightning_plasticity.units.calls import ForwardCall
 
 
 def sources(model: nn.Module, *args: Tensor) -> dict[str, set[str]]:
@@ -144,6 +145,26 @@ class CastsByItself(nn.Module):
 def test_a_part_is_traced_inside_autocast_where_it_is_called_there(dtype):
     with torch.autocast("cpu", dtype):
         assert sources(CastsByItself(), torch.randn(2, 4, dtype=dtype)) == {"first": {INPUT}, "second": {"first"}}
+
+
+@pytest.mark.parametrize("mask", [{}, {"mask": torch.ones(2, 4)}])
+@pytest.mark.parametrize("continues", [False, True])
+def test_a_part_that_is_given_what_another_made_goes_on_from_it(continues: bool, mask: dict[str, Tensor]) -> None:
+    class Head(nn.Linear):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            return super().forward(x if mask is None else x * mask)
+
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": Head(4, 2)})
+    features = model["body"](torch.randn(2, 4))
+    body = flow_in(ForwardCall(model["body"], "body.", (torch.randn(2, 4),), {}))
+    head = flow_in(ForwardCall(model["head"], "head.", (features if continues else features.detach(),), mask))
+    flow = body.then(head)
+    assert (body.continues, head.continues) == (False, continues)
+    assert [(layer.name, set(layer.sources)) for layer in flow.layers] == [
+        ("body", {INPUT}),
+        ("head", {"body" if continues else INPUT}),
+    ]
+    assert [set(names) for names in flow.outputs] == [{"head"}]
 
 
 def test_inputs_take_the_type_of_the_weights():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_plasticity.layers.trained import LayerWeights
-from lightning_plasticity.layers.weights import LayerPatterns
+from lightning_plasticity.layers.weights import LayerPatterns, find_parameters, find_weights
 
 EVERYWHERE = LayerPatterns(("*",), ())
 
@@ -29,6 +29,15 @@ def test_frozen_weights_wait_until_they_are_thawed():
 def test_without_an_optimizer_all_that_is_not_frozen_is_trained():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
     assert names_trained(LayerWeights("A method", model, "", EVERYWHERE, []), None) == ["0.weight"]
+
+
+def test_a_weight_of_two_layers_is_one():
+    model = nn.Sequential(nn.Embedding(2, 2), nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    model[2].weight, model[4].weight = model[1].weight, model[0].weight
+    assert list(find_weights(model, "", EVERYWHERE)) == ["1.weight", "3.weight"]
+    assert list(find_parameters(model, "", EVERYWHERE)) == [
+        "0.weight", "1.weight", "1.bias", "2.bias", "3.weight", "3.bias", "4.bias"
+    ]  # fmt: skip
 
 
 def test_no_weights_at_all_are_an_error():

@@ -141,6 +141,21 @@ def test_a_check_of_noise_leaves_its_layer_out():
     assert found.left_out["a"] == "its units reach a decision (lt)"
 
 
+def test_an_error_that_the_network_itself_expects_is_left_to_it():
+    def forward(s, x):
+        hidden = F.relu(s.a(x))
+        try:
+            x = x.view(-1, 4, 4)
+        except RuntimeError:
+            x = x + 1
+        return s.c(F.relu(s.b(hidden)))
+
+    model = randomised(network(forward))
+    found = explore(model, VECTOR, {})
+    assert {units.name for units in found.units} == {"a", "b"}
+    assert found.left_out == {"c": "its units reach the network's output"}
+
+
 def test_a_check_that_spares_no_run_is_told():
     def forward(s, x):
         hidden = s.a(x)

@@ -368,6 +368,33 @@ def test_edits_of_torchs_attention_touch_a_third():
     assert (model.attention.in_proj_bias == 0).nonzero().flatten().tolist() == [19]
 
 
+@pytest.mark.parametrize(
+    ("module", "gates", "activation"),
+    [
+        (nn.RNN(2, 3), 1, "tanh"),
+        (nn.RNN(2, 3, nonlinearity="relu"), 1, "relu"),
+        (nn.RNNCell(2, 3), 1, "tanh"),
+        (nn.RNNCell(2, 3, nonlinearity="relu"), 1, "relu"),
+        (nn.GRU(2, 3), 3, "tanh"),
+        (nn.GRUCell(2, 3), 3, "tanh"),
+        (nn.LSTM(2, 3), 4, "tanh"),
+        (nn.LSTMCell(2, 3), 4, "tanh"),
+    ],
+)
+def test_recurrent_layers_say_their_gates_and_their_activation(module, gates, activation):
+    views = layers_of(module)
+    assert len(views) == 2
+    assert {(view.gates, view.activation, view.outputs) for view in views.values()} == {(gates, activation, 3)}
+    assert [view.inputs for view in views.values()] == [2, 3]
+
+
+def test_weights_that_are_used_beside_the_module_that_holds_them_are_left_out():
+    model = classifier(nn.GRU, 6, lambda s, x: s.head(s.rnn(s.embed(x))[0] + s.rnn.weight_ih_l0.sum()))
+    reason = "its parameters are also used outside of it (by sum)"
+    found = explore(model, TOKENS, {})
+    assert found.left_out["rnn.ih_l0"] == found.left_out["rnn.hh_l0"] == reason
+
+
 def test_every_layer_is_found_by_its_name():
     model = nn.Sequential(nn.LSTM(2, 3, 2), nn.TransformerEncoderLayer(4, 2, 8), nn.ReLU())
     for name, view in named_layers(model).items():

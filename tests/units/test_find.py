@@ -1,5 +1,6 @@
 import random
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from torch.nn import functional as F
 
 from lightning_plasticity.units import __main__ as command
 from lightning_plasticity.units import explore, is_examining
-from lightning_plasticity.units.examining import undisturbed
-from lightning_plasticity.units.find import HiddenUnits, Slots, find_units
+from lightning_plasticity.units.examining import quietly, random_states, undisturbed
+from lightning_plasticity.units.find import HiddenUnits, Slots, find_units, table
 from units.property_check import holds, invalid, output_change
 
 
@@ -298,6 +299,29 @@ def test_a_mixing_norm_that_others_pass_too_makes_a_set_inexact():
     assert not last.exact
 
 
+def test_only_the_units_that_pass_a_mixing_norm_are_inexact():
+    def forward(s, x):
+        return s.stream(x) + s.head(F.relu(s.normed(s.apart(x[:, 0])))).unsqueeze(1)
+
+    model = Function(
+        forward, stream=one_token_of_a_stream(), apart=nn.Linear(8, 6), normed=nn.BatchNorm1d(6), head=nn.Linear(6, 3)
+    )
+    found = find_units(randomised(model), *TOKENS)
+    assert {units.name: units.exact for units in found} == {"stream.last": False, "apart": True}
+    assert invalid(model, TOKENS, found) == []
+
+
+def test_units_that_are_heard_where_no_norm_mixes_are_none():
+    def forward(s, x):
+        hidden = F.relu(s.normed(s.first(x)))
+        return s.second(hidden) + s.third(hidden.nansum(-1, keepdim=True))
+
+    model = Function(
+        forward, first=nn.Linear(6, 8), normed=nn.BatchNorm1d(8), second=nn.Linear(8, 2), third=nn.Linear(1, 2)
+    )
+    assert find_units(randomised(model), *VECTOR) == []
+
+
 def test_units_before_a_norm_that_refuses_nan():
     class CheckedNorm(RmsNormAct):
         def forward(self, x):
@@ -384,6 +408,7 @@ def weight_normalised():
         (two_towers, VECTOR, "a", "'c' uses them in 2 calls"),
         (two_layers(lambda s, x: s.b(x), width=6), VECTOR, "a", "not called"),
         (two_layers(lambda s, x: s.b(s.a(x)) + s.a.weight.sum()), VECTOR, "a", "also used outside"),
+        (two_layers(lambda s, x: s.b(s.a(x) + s.a.weight.sum())), VECTOR, "a", "also used outside"),
     ],
 )
 def test_each_layer_left_out_has_a_reason(build, inputs, layer, reason, capsys):
@@ -570,6 +595,37 @@ def test_hooks_can_tell_that_a_network_is_being_examined():
     assert heard[-2:] == [False, False]
 
 
+def test_quietly_all_parts_of_a_transformer_layer_are_called(monkeypatch):
+    layer, called = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), []
+    monkeypatch.setattr(layer.linear1, "forward", lambda x: called.append(x) or x.new_zeros(*x.shape[:-1], 16))
+    with torch.no_grad():
+        layer(*TOKENS)
+    assert not called  # otherwise one function computes them all
+    with quietly():
+        layer(*TOKENS)
+    assert len(called) == 1
+
+
+def test_random_states_of_accelerators_are_put_back_each_where_it_was(monkeypatch):
+    states = {("cuda", 0): 10, ("cuda", 1): 11, ("mps",): 12}
+
+    def of(device):
+        place = lambda index: (device.type, *(x.index for x in index))  # noqa: E731
+        return SimpleNamespace(
+            get_rng_state=lambda *index: states[place(index)],
+            set_rng_state=lambda state, *index: states.update({place(index): state}),
+        )
+
+    monkeypatch.setattr(torch, "get_device_module", of)
+    kinds = ("cpu", "meta", "cuda:0", "cuda:1", "mps", "cuda:1")
+    parameters = [SimpleNamespace(device=torch.device(kind)) for kind in kinds]
+    put_back = random_states(SimpleNamespace(parameters=lambda: parameters, modules=lambda: []))
+    before = dict(states)
+    states.update(dict.fromkeys(states, 0))
+    put_back()
+    assert states == before
+
+
 def test_a_layer_that_is_the_whole_network_has_no_name(capsys):
     shared = nn.Linear(6, 6)
     shared.again = nn.Linear(6, 6)
@@ -619,6 +675,35 @@ def test_a_torchscript_module_is_refused():
         scripted = torch.jit.trace(mlp().eval(), VECTOR)
     with pytest.raises(ValueError, match="TorchScript"):
         find_units(scripted, *VECTOR)
+
+
+def test_the_table_is_printed(capsys):
+    def forward(s, x):
+        x = s.stem(x)
+        hidden = s.norm(F.relu(s.first(x)) * s.gate(x))
+        return s.last(x + s.on_the_stream(hidden)) + s.other(hidden)
+
+    model = Function(
+        forward, stem=nn.Linear(6, 6), first=nn.Linear(6, 12), gate=nn.Linear(6, 12), norm=nn.LayerNorm(12),
+        on_the_stream=nn.Linear(12, 6), last=nn.Linear(6, 2), other=nn.Linear(12, 2),
+    )  # fmt: skip
+    find_units(randomised(model), *VECTOR, explain=True)
+    assert capsys.readouterr().out == (
+        "layer  units  with  norms  used by               activation  exact\n"
+        "first  12     gate  norm   on_the_stream, other  relu        no\n"
+        "\n"
+        "left out:\n"
+        "  stem           its units are added to those of other layers before 'last' uses them (a residual stream)\n"
+        "  on_the_stream  its units are added to those of other layers before 'last' uses them (a residual stream)\n"
+        "  last           its units reach the network's output\n"
+        "  other          its units reach the network's output\n"
+        "\n"
+        "288 of 352 parameters belong to units (81 %).\n"
+        "2 layers are left out because of a residual stream: 48 parameters (13 %) belong to no units because of it.\n"
+    )
+    find_units(nn.Sequential(nn.Linear(6, 8), nn.Flatten(), nn.Linear(8, 2)), *VECTOR)
+    assert capsys.readouterr().out == ""
+    assert table(explore(nn.Identity(), VECTOR, {})) == "layer  units  with  norms  used by  activation  exact"
 
 
 def test_the_table_of_a_named_model(capsys):

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lightning_plasticity.shards.tensors import whole
+from lightning_plasticity.units import together
 from lightning_plasticity.units.find import find_units
 
 WAYS = [FSDP_4, HSDP, BOTH, Way(1, 4)]
@@ -88,3 +89,24 @@ def test_all_ranks_find_what_one_finds(ranks: Any) -> None:
         for (way, name), (found, trained, without) in rank.items():
             assert found == alone[name], (way, name)
             assert trained is None or all(map(torch.equal, trained, without)), (way, name)
+
+
+def test_an_example_travels_by_the_device_of_the_parameters_and_lies_where_it_lay(monkeypatch) -> None:
+    """Of the other rank nothing is needed but its message, which a stand-in for the broadcast brings."""
+    sent = []
+
+    def broadcast(message: list[Any], src: int, device: torch.device | None) -> None:
+        sent.append((message[0], src, device))
+        values = together._Packed(torch.ones(2), "meta")
+        message[0] = {"here": together._Packed(torch.ones(3), "cpu"), "there": values, "rate": 2.0}
+
+    monkeypatch.setattr(together, "is_shared_out", lambda _: True)
+    monkeypatch.setattr(together.dist, "broadcast_object_list", broadcast)
+    own = {"here": torch.zeros(3), "there": torch.zeros(2), "rate": 1.0}
+    for device, by in (("meta", torch.device("meta")), ("cpu", None)):
+        got = together.example_of_all(nn.Linear(2, 2, device=device), own)
+        assert got["here"].tolist() == [1.0] * 3
+        assert (got["there"].is_meta, got["here"].is_cpu, got["rate"]) == (True, True, 2.0)
+        packed, source, through = sent[-1]
+        assert (packed["here"].kind, packed["here"].values.tolist(), packed["rate"]) == ("cpu", [0.0] * 3, 1.0)
+        assert (source, through) == (0, by)

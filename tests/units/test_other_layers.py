@@ -142,6 +142,13 @@ def test_what_does_something_else_than_a_convolution_is_none(use):
     assert view_of(OwnConvolution((5, 3, 3, 3), use)) is None
 
 
+@pytest.mark.parametrize("groups", ["3", None, 2.0, 0, -3, 4, 5])
+def test_groups_that_cannot_be_make_no_convolution(groups):
+    use = CONVOLUTIONS["grouped"][0]
+    assert view_of(OwnConvolution((6, 1, 3, 3), use, groups=groups)) is None
+    assert view_of(OwnConvolution((6, 1, 3, 3), use, groups=3)).groups == 3
+
+
 def test_scales_of_channels_are_no_convolutions():
     scale = OwnConvolution((3, 1, 1), lambda s, x: x * s.weight)
     del scale.bias

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_plasticity.units import network as network_module
 from lightning_plasticity.units.examining import undisturbed
 from lightning_plasticity.units.find import explore, find_units
-from lightning_plasticity.units.nans import NaNs, all_nan_along, any_nan, clean, nan_along, nan_channels
+from lightning_plasticity.units.nans import NaNs, all_nan_along, any_nan, clean, nan_along, nan_channels, ones_for_nan
 from lightning_plasticity.units.network import Network
 from lightning_plasticity.units.stand_ins import StandIns, attended
 from lightning_plasticity.units.wiring import Wiring, codewords
@@ -68,6 +68,10 @@ def test_nan_is_told_as_isnan_tells_it(x: Tensor, dtype: torch.dtype) -> None:
         assert torch.equal(nan_along(x, [dim]), nans.any(dim, keepdim=True))
         if x.numel():
             assert torch.equal(all_nan_along(x, [dim]), nans.all(dim, keepdim=True))
+
+
+def test_a_one_for_each_nan() -> None:
+    assert ones_for_nan(torch.tensor([NAN, -INF, 0.0, 2.0])).tolist() == [1.0, -INF, 0.0, 2.0]
 
 
 @pytest.mark.parametrize("dim", [None, 0, 1])
@@ -161,6 +165,23 @@ def test_nothing_stands_in_where_numbers_decide(function) -> None:
     found = find_units(model, x)
     assert [units.name for units in found] == ["first"]
     assert invalid(model, (x,), found) == []
+
+
+def halves(self: nn.Module, x: Tensor) -> Tensor:
+    left, right = self.first(x).chunk(2, -1)
+    return self.second(torch.cat([left, right.relu()], -1))
+
+
+def turned(self: nn.Module, x: Tensor) -> Tensor:
+    """By 90 degrees, as rotary embeddings do it."""
+    numbers = torch.view_as_complex(self.first(x).unflatten(-1, (4, 2)))
+    real, imaginary = (torch.view_as_real(part).flatten(-2) for part in (numbers * 1j).split(2, -1))
+    return self.second(torch.cat([real, imaginary], -1))
+
+
+@pytest.mark.parametrize("function", [halves, turned])
+def test_products_are_stood_in_for_where_parts_of_what_is_computed_go_on(function) -> None:
+    assert wiring_of(Function(function, **branches()), torch.randn(3, 4)).network.stand_ins._kept
 
 
 def test_nothing_stands_in_where_it_would_make_nan() -> None:

@@ -37,11 +37,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_entries_are_counted_once(name):
-    build, inputs = CASES[name]
-    model = build()
-    found = explore(model, inputs, {})
+def mark(model, found):
+    """Makes NaN of all entries that belong to units, and ones of the others."""
     layers = named_layers(model)
     with torch.no_grad():
         for p in model.parameters():
@@ -58,14 +55,27 @@ def test_entries_are_counted_once(name):
             for slots in units.norms:
                 for p in model.get_submodule(slots.module).parameters():
                     p[slots.entry] = math.nan
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_entries_are_counted_once(name):
+    build, inputs = CASES[name]
+    model = build()
+    found = explore(model, inputs, {})
+    mark(model, found)
     assert found.of_units == sum(int(p.isnan().sum()) for p in model.parameters())
     assert found.parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_what_a_residual_stream_keeps_out_is_said():
-    found = explore(residual(), IMAGE, {})
+    model = residual()
+    found = explore(model, IMAGE, {})
     streams = [name for name, reason in found.left_out.items() if "residual stream" in reason]
     assert streams == ["stem", "conv2", "conv4", "down"]
     *_, units, stream = table(found).splitlines()
     assert units.startswith(f"{found.of_units:,} of {found.parameters:,} parameters belong to units (")
     assert stream.startswith(f"4 layers are left out because of a residual stream: {found.of_stream:,} parameters (")
+    mark(model, found)
+    kept_out = [int((~p.isnan()).sum()) for name in streams for p in model.get_submodule(name).parameters()]
+    assert 0 in kept_out  # of the weights that read units all belong to these
+    assert found.of_stream == sum(kept_out)
