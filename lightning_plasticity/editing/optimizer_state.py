@@ -107,7 +107,7 @@ class EntryState:
             of_all = None if survivors else _sum(entries[index])  # there is nobody else
             write_at(entries, index, 0.0)
             [total] = sum_over_shards([_sum(state) if of_all is None else of_all], [parameter])
-            write_at(entries, index, _finite(total / (survivors or max(count, 1))))
+            write_at(entries, index, _finite(total / (survivors or count)))
 
     def renew_masked(self, parameter: Tensor, mask: Tensor) -> None:
         """Renew the entries where a mask of the shape of the part that this rank holds is true."""
@@ -118,7 +118,7 @@ class EntryState:
                 torch.where(mask, torch.zeros_like(total, dtype=state.dtype), state, out=state)
                 survivors = torch.count_nonzero(~mask)
                 sums = sum_over_shards([total, _sum(state), survivors.double()], [parameter] * 3)
-                mean_of_all, mean = sums[0] / max(parameter.numel(), 1), sums[1] / sums[2].to(total).clamp(min=1)
+                mean_of_all, mean = sums[0] / parameter.numel(), sums[1] / sums[2].to(total)
                 initial = _finite(torch.where(sums[2] > 0, mean, mean_of_all)).to(state.dtype)
             torch.where(mask, initial, state, out=state)
 

@@ -42,7 +42,8 @@ class WholeEditor:
         """Set whole parameters or buffers to ``values``. What float32 values have beyond half precision is kept."""
         check_pairs(tensors, values, "write", "values")
         if tensors:
-            self._set(tensors, values)
+            torch._foreach_copy_([local(tensor) for tensor in tensors], list(values))
+            self.remainders.close(tensors, values)
             self._state.renew_whole(tensors)
 
     def scale(self, tensors: Sequence[Tensor], factors: Tensor | float) -> None:
@@ -133,7 +134,3 @@ class WholeEditor:
         if group is None or not group.are(tensors, beside):
             group = self._groups[key] = Tensors(tensors, beside)
         return group
-
-    def _set(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        torch._foreach_copy_([local(tensor) for tensor in tensors], list(values))
-        self.remainders.close(tensors, values)

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize, prune
 
 from lightning_plasticity.editing.editable import check_editable
 from lightning_plasticity.editing.edits import Editor, OptimizerState
+from lightning_plasticity.editing.optimizer_reset import reset_optimizer
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, 0.1),
@@ -233,6 +234,21 @@ def test_compensation_in_a_transposed_convolution_with_a_stride() -> None:
     torch.testing.assert_close(layer(x)[..., 2:-2, 2:-2].mean((2, 3)), before)
 
 
+@pytest.mark.parametrize("weight_type", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bias_type", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("amount", [math.nan, math.inf, -math.inf])
+def test_a_shift_that_is_not_finite_leaves_its_bias_alone(
+    weight_type: torch.dtype, bias_type: torch.dtype, amount: float
+) -> None:
+    layer = nn.Linear(2, 3)
+    layer.weight.data = torch.tensor([[1.0, 2.0], [amount, 2.0], [-3.0, 0.5]], dtype=weight_type)
+    layer.bias.data = torch.tensor([0.5, 1.5, -1.0], dtype=bias_type)
+    place = layer.bias.data_ptr()
+    Editor(layer).shift_bias("", torch.tensor([0, 1]), torch.tensor([2.0, 4.0], dtype=weight_type))
+    assert layer.bias.tolist() == [10.5, 1.5, -5.0]
+    assert (layer.bias.dtype, layer.bias.data_ptr()) == (bias_type, place)
+
+
 class ShiftedNorm(nn.Module):
     """A norm of somebody else's: its weight starts at 0 and has axes to broadcast; one scalar serves all channels."""
 
@@ -259,6 +275,7 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
     "RMS": lambda: nn.RMSNorm((2, 2)),
     "another": lambda: ShiftedNorm(4),
     "nothing to write": lambda: nn.LayerNorm(4, elementwise_affine=False),
+    "nothing to write or to reset": nn.Identity,
 }
 
 
@@ -491,6 +508,32 @@ def test_state_of_another_form_is_said_once(make: Any, optimizer_name: str) -> N
     torch.testing.assert_close(optimizer.state[layer.weight], states, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("value", [None, 3, "a word", [0.9, 0.999], {"rate": 0.5}, (torch.tensor(1.0), None)], ids=str)
+def test_state_that_is_of_no_entries_stays_without_a_word(value: Any) -> None:
+    layer = nn.Linear(3, 2)
+    optimizer = train(layer, OPTIMIZERS["SGD momentum"])
+    optimizer.state[layer.weight]["kept"] = value
+    Editor(layer, [optimizer]).zero_columns("", torch.tensor([0]))
+    assert reset_optimizer(optimizer, [layer.weight]) == 1
+    assert optimizer.state[layer.weight]["kept"] is value
+    assert not optimizer.state[layer.weight]["momentum_buffer"].any()
+
+
+@pytest.mark.parametrize("mode", ["survivors", "reset", "keep"])
+def test_edits_of_nothing(mode: OptimizerState) -> None:
+    layer = nn.Linear(1, 2)
+    layer.weight = nn.Parameter(torch.ones(2, 0))
+    optimizer = train(layer, OPTIMIZERS["Adam"])
+    editor, all_rows = Editor(layer, [optimizer], mode), torch.tensor([0, 1])
+    editor.redraw_rows("", all_rows, torch.ones(2, 0))
+    editor.scale_rows("", all_rows[:0], 2.0)
+    editor.zero_columns("", all_rows[:0])
+    editor.write_masked(layer.weight, torch.ones(2, 0, dtype=torch.bool), torch.tensor(1.0))
+    editor.clamp([], 1.0)
+    assert not layer.bias.any()
+    assert all(state.isfinite().all() for of_one in optimizer.state.values() for state in of_one.values())
+
+
 @pytest.mark.parametrize("mode", ["survivors", "reset", "keep"])
 def test_lbfgs_begins_anew_after_an_edit_of_its_parameters(mode: OptimizerState) -> None:
     layer, stranger = nn.Linear(3, 2), nn.Linear(3, 2)
@@ -522,6 +565,19 @@ def test_lbfgs_begins_anew_after_an_edit_of_its_parameters(mode: OptimizerState)
     optimizer.step(closure)
     editor.clamp(list(layer.parameters()), 1e6)
     assert optimizer.state, "nothing was beyond the limit"
+
+
+@pytest.mark.parametrize("limit", [1.0, 2.0])
+def test_lbfgs_begins_anew_where_a_part_of_its_weight_is_cut_down(limit: float) -> None:
+    layer = nn.Linear(2, 2)
+    layer.empty = nn.Parameter(torch.ones(0))
+    layer.weight.data = torch.tensor([[2.0, -2.0], [3.0, 0.5]])
+    optimizer = torch.optim.LBFGS(layer.parameters())
+    optimizer.state[layer.weight]["func_evals"] = 1
+    editor = Editor(layer, [optimizer])
+    editor.clamp([layer.empty, layer.weight[0]], limit)  # entries at the limit stay
+    assert bool(optimizer.state) == (limit == 2.0)
+    assert layer.weight.tolist() == [[limit, -limit], [3.0, 0.5]]
 
 
 def test_wrapped_optimizers_after_their_state_was_loaded() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_plasticity.editing.edits import Editor
+from lightning_plasticity.editing.entry_ages import _STEP_SIZES, _step_sizes
 
 LR, BETAS = 0.01, (0.9, 0.999)
 EPS = 1e-15  # which new entries that are reset feel more than fresh ones, as a test of its own says
@@ -171,6 +172,26 @@ def test_nadam_begins_with_less_than_a_fresh_one_and_has_its_pace_as_its_momentu
     assert share[-1].item() == pytest.approx(1.0, abs=0.005)
     cleared = 1.0 / math.sqrt(1 - 0.999) * share[0].item()  # what it would be without looking after it
     assert cleared > 10
+
+
+@pytest.mark.parametrize("momentum_decay", [0.004, 1.0])
+@pytest.mark.parametrize("make", _STEP_SIZES)
+def test_what_is_told_of_steps_is_what_a_fresh_optimizer_does(make: Any, momentum_decay: float) -> None:
+    """Under a constant gradient, where averages, of which these are not told, are as full as their age makes them."""
+    beta1, beta2 = 0.8, 0.95
+    own = {"momentum_decay": momentum_decay} if make is torch.optim.NAdam else {}
+    weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    optimizer = make([weight], lr=1.0, betas=(beta1, beta2), eps=EPS, weight_decay=0.0, **own)
+    sizes = _step_sizes(_STEP_SIZES[make], beta1, beta2, momentum_decay)
+    assert len(sizes) == 201
+    for age in range(1, 200):
+        before = weight.item()
+        one_step(weight, optimizer, 1.0)
+        first, second = 1 - beta1**age, math.sqrt(1 - beta2**age)
+        filled = {torch.optim.NAdam: second, torch.optim.Adamax: 1 / first}.get(make, second / first)
+        stands_still = make is torch.optim.RAdam and age < 6
+        expected = 0.0 if stands_still else (before - weight.item()) * filled
+        assert sizes[age].item() == pytest.approx(expected, rel=1e-6, abs=1e-20)  # NAdam counts in float32
 
 
 def test_momentum_with_dampening_begins_without_the_first_gradient_s_privilege() -> None:

@@ -357,6 +357,23 @@ def test_edits_of_a_recurrent_network_against_a_loop(name):
         torch.testing.assert_close(optimizer.state[p]["exp_avg"], moments[key], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("edit", ["redraw_rows", "scale_rows", "zero_bias"])
+def test_gates_of_new_units_get_the_mean_of_what_adam_knows_of_the_others(edit):
+    model = Function(None, rnn=nn.LSTM(3, 4).double())
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    model.rnn(torch.randn(5, 2, 3).double())[0].square().sum().backward()
+    optimizer.step()
+    written = {"redraw_rows": (torch.zeros(2, 3, 4),), "scale_rows": (0.5,), "zero_bias": ()}[edit]
+    before = {key: optimizer.state[p]["exp_avg_sq"].clone() for key, p in model.rnn.named_parameters()}
+    getattr(Editor(model, [optimizer]), edit)("rnn.ih_l0", torch.tensor([2, 0]), *written)
+    rows = torch.tensor([0, 2] * 4) + torch.arange(0, 16, 4).repeat_interleave(2)
+    for key in ("bias_ih_l0",) if edit == "zero_bias" else ("weight_ih_l0", "bias_ih_l0"):
+        others = before[key][torch.isin(torch.arange(16), rows, invert=True)]
+        before[key][rows] = others.mean()
+    for key, p in model.rnn.named_parameters():
+        torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], before[key], rtol=1e-12, atol=0)
+
+
 def test_edits_of_torchs_attention_touch_a_third():
     torch.manual_seed(0)
     model = attention()
