@@ -3,21 +3,26 @@
 import csv
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from contract.minimal_method import NoisyUnits
 from contract.training import BATCHES, Batches, LightningNetwork, Network, adam, fit, hooks, layers, seeded, trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.functional import cross_entropy
 from typing_extensions import override
 
 from lightning_plasticity import ContinualBackprop
+from lightning_plasticity.engine import loop
 from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.engine.examination import Part
 from lightning_plasticity.engine.forward import is_redirected
@@ -567,10 +572,18 @@ def test_a_replaced_optimizer_is_said_in_a_plain_loop() -> None:
     method, model, optimizer = attached()
     method.attach(model, optimizer, EXAMPLE)
     model(*EXAMPLE).sum().backward()
+    for _ in range(2):
+        for _ in range(99):
+            method.step()  # that another optimizer steps in between is not seen
+        optimizer.step()
+        method.step()  # counting begins anew
     for _ in range(99):
-        method.step()  # that another optimizer steps in between is not seen
-    with pytest.warns(UserWarning, match=r"none of its optimizers has made a step .* call detach\(\) and attach\(\)"):
         method.step()
+    message = r"none of its optimizers has made a step .* call detach\(\) and attach\(\)"
+    with pytest.warns(UserWarning, match=message) as said:
+        method.step()
+    assert said[0].filename == __file__
+    method.step()  # it is said once
 
 
 def test_replaced_parameters_are_said_in_a_plain_loop() -> None:
@@ -612,3 +625,43 @@ def test_without_an_optimizer_or_an_example_what_training_has_called_is_taken_at
         method.step()
     assert method.optimizer_steps == 4
     assert method.replaced > 0
+
+
+# ---- ranks
+
+
+@pytest.mark.parametrize("others_agree", [True, False])
+def test_ranks_with_other_parameters_are_refused_where_some_are_shared_out(
+    others_agree: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OfParts(Recorder):
+        works_on_parts = True
+
+    asked: list[Any] = []
+    monkeypatch.setattr(loop, "all_ranks_have", lambda value, device: asked.append(value) or others_agree)
+    OfParts(asks=False).attach(seeded(Network)).detach()
+    assert not asked, "nothing is shared out"
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, mesh = seeded(Network), init_device_mesh("cpu", (1,))
+        model.net.second.weight = nn.Parameter(distribute_tensor(model.net.second.weight, mesh, [Replicate()]))
+        refused = pytest.raises(RuntimeError, match="OfParts needs the same network on every rank")
+        with nullcontext() if others_agree else refused:
+            OfParts(asks=False).attach(model)
+    finally:
+        dist.destroy_process_group()
+    assert asked == [[(name, tuple(p.shape)) for name, p in model.named_parameters()]]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "kernels", "off"), [(1, None, []), (2, None, [False]), (2, "some", []), (1, "some", [])]
+)
+def test_kernels_are_left_where_one_of_several_ranks_has_none(
+    ranks: int, kernels: str | None, off: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[bool] = []
+    monkeypatch.setattr(loop, "world_size", lambda: ranks)
+    monkeypatch.setattr(loop, "kernels_on", lambda device: kernels)
+    monkeypatch.setattr(loop, "use_kernels", used.append)
+    Recorder(asks=False).attach(seeded(Network))
+    assert used == off

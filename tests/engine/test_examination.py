@@ -18,8 +18,9 @@ from contract.training import assert_same, hooks, layers, weights
 from torch import Tensor, nn
 
 from lightning_plasticity import ContinualBackprop, LayerReset, SoftWeightRescaling
+from lightning_plasticity.engine import examination as examinations
 from lightning_plasticity.engine import forward
-from lightning_plasticity.engine.examination import Examination, Part
+from lightning_plasticity.engine.examination import Examination, Part, is_inside
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.examining import undisturbed
 
@@ -148,6 +149,189 @@ def test_compiled_code_waits_for_the_first_step_and_then_runs() -> None:
     torch.compiler.reset()
     model(X)
     assert len(compiled) == 1
+
+
+def test_it_is_over_when_all_has_been_called_and_agreed_on() -> None:
+    model = Parts()
+    examination, notes = examined(model)
+    assert not examination.is_over(0)
+    model(X)
+    examination.settle()
+    assert not examination.is_over(1), "the second waits"
+    model.second(X)
+    assert not examination.is_over(1), "it is not agreed on"
+    assert not examination.is_over(2)
+    examination.settle()
+    assert examination.is_over(2)
+    assert not examination.is_over(1), "the method has not begun with it"
+    examination.leave(notes)
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(6, 2), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x, x, x)[0])
+
+
+def test_a_layer_that_attention_uses_without_calling_it_belongs_to_its_call() -> None:
+    model = Attends()
+    examination, notes = examined(model)
+    model(X)
+    assert notes.parts == [" in a call"]
+    assert examination.waiting() == []
+    assert hooks(model) == 0
+    examination.leave(notes)
+    examination, notes = examined(model.attention)
+    model.attention(X, X, X)
+    assert notes.parts == [" in a call"]
+    assert hooks(model) == 0
+    examination.leave(notes)
+
+
+def test_a_part_is_examined_with_the_arguments_that_it_is_called_with() -> None:
+    model, seen = layers(), []
+    model.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+
+    def question(call: ForwardCall) -> str:
+        seen.append((call.args[0], call.module))
+        return run(call)
+
+    examination, notes = Examination.of(model, model, "", question), Notes()
+    examination.join(notes)
+    model(X)
+    [(x, module)] = seen
+    assert torch.equal(x, X), "the model's own hook follows"
+    assert module is model
+    examination.leave(notes)
+
+
+def test_an_example_is_asked_of_once_and_nothing_waits_for_a_call_any_more() -> None:
+    model, asked = Parts(), []
+
+    def question(call: ForwardCall) -> str:
+        asked.append(call.prefix)
+        return run(call)
+
+    examination, notes = Examination.of(model, model.first, "first", question), Notes()
+    examination.join(notes)
+    assert id(examination) in forward._reasons_to_run_eagerly
+    examination.examine_example([X], {})
+    examination.examine_example([X], {})
+    assert asked == ["first."]
+    assert id(examination) not in forward._reasons_to_run_eagerly
+    assert examination.waiting() == []
+    examination.leave(notes)
+    assert hooks(model) == 0
+
+
+def test_an_examination_that_pauses_waits_for_no_call() -> None:
+    model = Parts()
+    examination, notes = examined(model)
+    examination.pause()
+    assert hooks(model) == 0
+    assert id(examination) not in forward._reasons_to_run_eagerly
+    model(X)
+    assert notes.parts == []
+    examination.leave(notes)
+
+
+def test_a_frozen_layer_is_not_said_to_wait() -> None:
+    model = Parts()
+    model.second.requires_grad_(False)
+    model.first.first.bias.requires_grad_(False)
+    examination, notes = examined(model)
+    assert examination.waiting() == ["first.first", "first.second", "first.head"]
+    examination.leave(notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "inside"),
+    [
+        ("net", "", True),
+        ("", "", True),
+        ("net", "net", True),
+        ("net.first", "net", True),
+        ("network", "net", False),
+        ("net", "net.first", False),
+        ("", "net", False),
+    ],
+)
+def test_a_module_is_inside_another_by_its_name(name: str, whole: str, inside: bool) -> None:
+    assert is_inside(name, whole) == inside
+
+
+class OtherRanks:
+    """What ranks send each other, and what the others answer."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.sent: list[int] = []
+        self.largest = 0  # that others have
+        self.seen: list[list[Part]] | None = None  # by each rank; None where all have seen the same
+        patch.setattr(examinations, "world_size", lambda: 2)
+        patch.setattr(examinations, "largest_over_ranks", self.hear)
+        patch.setattr(examinations, "all_ranks_have", lambda value, device: self.seen is None)
+        patch.setattr(examinations, "gather_objects", lambda value: self.seen)
+
+    def hear(self, number: int, device: torch.device) -> int:
+        self.sent.append(number)
+        largest, self.largest = max(number, self.largest), 0
+        return largest
+
+
+def test_ranks_ask_each_other_as_long_as_a_module_waits_and_then_never_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, others = Parts(), OtherRanks(monkeypatch)
+    examination, notes = examined(model)
+    examination.settle()
+    assert others.sent == [1]
+    model(X)
+    examination.settle()
+    examination.settle()
+    assert others.sent == [1, 2, 1, 1]
+    assert not examination.is_settled
+    model.second(X)
+    examination.settle()
+    assert others.sent[4:] == [2, 0]
+    examination.settle()
+    assert len(others.sent) == 6
+    assert examination.is_over(2)
+    assert [part.name for part in examination.parts] == ["", "second"]
+    assert notes.parts == [" in a call", "second in a call"]
+    examination.leave(notes)
+
+
+def test_a_rank_waits_for_what_is_left_of_a_part_that_the_first_rank_has_seen_in_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, others = Parts(), OtherRanks(monkeypatch)
+    examination, notes = examined(model)
+    model.second(X)
+    model.first(X)
+    piece = Part("second.first", None, frozenset({"second.first"}))
+    others.seen = [[piece], list(examination._new)]
+    examination.settle()
+    assert [part.name for part in examination.parts] == ["second.first", "first"]
+    assert notes.parts == ["second.first", "first"]
+    assert examination.waiting() == ["second.second", "second.head"]
+    model.second(X)
+    assert set(notes.parts[2:]) == {f"second.{name} in a call" for name in ("norm", "second", "head")}
+    examination.leave(notes)
+    assert hooks(model) == 0
+
+
+def test_a_rank_hears_of_a_part_that_only_another_one_has_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, others = Parts(), OtherRanks(monkeypatch)
+    examination, notes = examined(model)
+    names = ("second", *(f"second.{name}" for name, _ in model.second.named_children()))
+    others.seen, others.largest = [[], [Part("second", None, frozenset(names))]], 2
+    examination.settle()
+    assert notes.parts == ["second"]
+    assert examination.waiting() == ["first.first", "first.second", "first.head"]
+    model.second(X)
+    assert notes.parts == ["second"]
+    examination.leave(notes)
 
 
 def test_a_line_says_what_is_worked_on_and_what_waits(caplog: pytest.LogCaptureFixture) -> None:

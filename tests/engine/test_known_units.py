@@ -71,3 +71,40 @@ def test_a_step_of_one_optimizer_counts_for_the_units_that_it_trains():
     train(model, optimizers[1], method.step, INPUT[mlp], 3)
     assert torch.equal(model[0].weight, first)
     assert not torch.equal(model[4].weight, last)
+
+
+class Own(nn.Module):
+    """A layer of its own kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(4))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+@pytest.mark.parametrize("module", ["net", None])
+def test_what_is_worked_on_is_told_by_names_inside_the_model(module):
+    net = nn.Sequential(nn.Embedding(5, 6), nn.Linear(6, 12), nn.ReLU(), nn.LayerNorm(12), nn.Linear(12, 4), Own())
+    model = nn.ModuleDict({"net": net}) if module else net
+    method = ContinualBackprop(module=module)
+    method.attach(model)
+    net(torch.zeros(2, dtype=torch.int64))
+    method.step()
+    prefix = "net." if module else ""
+    assert method._works_on() == (
+        f"16 units of 2 layers (of 3). Left out: '{prefix}5'; find_units(model, example, explain=True) says why."
+    )
+
+
+@pytest.mark.parametrize("module", ["net", None])
+def test_a_network_of_which_all_is_left_out_is_refused_with_the_reasons(module):
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    model = nn.ModuleDict({"net": net}) if module else net
+    where, layer = ("net", "net.0") if module else ("Sequential", "0")
+    method = ContinualBackprop(module=module, exclude=["other", layer]).attach(model)
+    net(torch.zeros(1, 3))
+    message = rf"has none to work on in '{where}'[^\n]*\n  {layer}: it is excluded"
+    with pytest.raises(ValueError, match=message):
+        method.step()

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity import ContinualBackprop, find_units
+from lightning_plasticity.callbacks.continual_backprop import Utility
 from lightning_plasticity.engine import activations
 from lightning_plasticity.engine.activations import sum_of_sizes
 from lightning_plasticity.engine.population import Population, average_in
 from lightning_plasticity.engine.unit_sets import Reader, UnitSet
+from lightning_plasticity.kernels import choice
 from lightning_plasticity.units.find import HiddenUnits
 from lightning_plasticity.units.sets import Slots
 
@@ -38,7 +40,7 @@ NAMES = ["conv", "grouped", "transposed", "flat", "side"]
 some_sets = pytest.mark.parametrize("sets", [[0, 1, 2, 3, 4], [0], [2, 3], [4, 1]])
 
 
-def attached(model: nn.Module, utility: str = "contribution") -> Population:
+def attached(model: nn.Module, utility: Utility = "contribution") -> Population:
     """Of a method that is attached to the model."""
     return (
         ContinualBackprop(utility=utility).attach(model, example_inputs=(torch.zeros(1, 1, 4, 4).double(),))._population
@@ -164,10 +166,18 @@ def test_a_unit_of_several_rows_has_the_first_ones_size_and_the_mean_of_their_gr
 
 @some_sets
 @pytest.mark.parametrize("sizes", [(1,), (3,), (3, 1), (1, 3), (1, 1), (2, 3, 4)])
+@pytest.mark.parametrize("utility", ["contribution", "zero_contribution"])
+@pytest.mark.parametrize("with_kernels", [False, True])
 def test_means_and_sizes_and_distances_of_what_readers_are_given(
-    model: Network, sets: list[int], sizes: tuple[int, ...]
+    sets: list[int],
+    sizes: tuple[int, ...],
+    utility: Utility,
+    with_kernels: bool,
+    model: Network,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    population = attached(model, "zero_contribution")
+    monkeypatch.setattr(choice, "_is_on", with_kernels)
+    population = attached(model, utility)
     readers = [reader for i in sets for reader in population.sets[i].readers]
     for _ in range(2):  # nothing of the first is left in the second
         population.activations.forget()
@@ -176,14 +186,41 @@ def test_means_and_sizes_and_distances_of_what_readers_are_given(
         means, mean_sizes = population.take_means(sets)
         close(means, torch.cat([by_column(r, heard[r.table.module].mean(0)) for r in readers]))
         close(mean_sizes, torch.cat([by_column(r, heard[r.table.module].abs().mean(0)) for r in readers]))
-        close(
-            population.activations.take_mean_distance(means, readers),
-            torch.cat([
-                by_column(r, (heard[r.table.module] - heard[r.table.module].mean(0)).abs().mean(0)) for r in readers
-            ]),
-        )  # fmt: skip
+        if utility == "zero_contribution":
+            distances = {name: (x - x.mean(0)).abs().mean(0) for name, x in heard.items()}
+            found = population.activations.take_mean_distance(means, readers)
+            close(found, torch.cat([by_column(r, distances[r.table.module]) for r in readers]))
         others = [i for i in range(len(NAMES)) if i not in sets]
         assert [*population.heard(range(len(NAMES)))] == others
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (2, 3, 4)])
+@pytest.mark.parametrize("with_kernels", [False, True])
+def test_examples_may_have_positions_or_no_batch(
+    shape: tuple[int, ...], with_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "_is_on", with_kernels)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    x = torch.randn(shape).double()
+    heard = model[:2](x).detach().view(-1, 3)
+    for utility in ("contribution", "zero_contribution"):
+        population = ContinualBackprop(utility=utility).attach(model, example_inputs=(x,))._population
+        model(x)
+        means, sizes = population.take_means([0])
+        close(means, heard.mean(0))
+        close(sizes, heard.abs().mean(0))
+    distance = population.activations.take_mean_distance(torch.zeros(3).double(), population.readers([0]))
+    close(distance, heard.abs().mean(0))
+
+
+def test_inputs_are_held_only_where_distances_are_asked_for(model: Network) -> None:
+    for utility, count in (("contribution", 0), ("zero_contribution", 6)):
+        population = attached(model, utility)
+        model(torch.randn(2, 1, 4, 4).double())
+        assert len(population.activations._inputs) == count
+        population.activations.forget()
+        assert not population.activations._inputs
 
 
 def test_only_sets_whose_readers_were_all_called_are_heard(model: Network) -> None:
