@@ -171,8 +171,7 @@ def check_units(model: nn.Module, units: HiddenUnits) -> dict[str, LayerView]:
     layers = {}
     for slots in (*units.producers, *units.consumers):
         layer = _look_up(model, units, slots, layer_at)
-        if layer is None:  # which is an error
-            check_editable(_look_up(model, units, slots, submodule), slots.module)
+        if layer is None:
             raise ValueError(
                 f"The units {units.name!r} name {slots.module!r}, which is no linear or convolution layer. Take units "
                 "from find_units() on this model."

@@ -1,5 +1,7 @@
 """Sets of units, and what kernels are told of the layers that read them."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 
 from lightning_plasticity import ContinualBackprop, find_units
-from lightning_plasticity.engine.unit_sets import check_units, reader_shapes
+from lightning_plasticity.engine.unit_sets import Table, check_units, reader_shapes, renamed
+from lightning_plasticity.units.sets import HiddenUnits, Slots
 
 
 def test_shapes_of_readers() -> None:
@@ -61,3 +64,62 @@ def test_what_was_read_of_several_batches_is_in_the_state(sizes: tuple[int, ...]
     heard = network[:2](torch.cat(batches)).detach()
     sums, rows = method._population.activations.state()
     torch.testing.assert_close(sums / rows, torch.stack([heard.mean(0), heard.abs().mean(0)]))
+
+
+def by_hand(makes: Sequence[int], uses: Sequence[int], maker: str = "0", user: str = "2") -> HiddenUnits:
+    def slots(module: str, entries: Sequence[int]) -> Slots:
+        return Slots(module, torch.tensor(entries, dtype=torch.int64), torch.arange(len(entries)))
+
+    return HiddenUnits("x", 2, (slots(maker, makes),), (), (slots(user, uses),), None, exact=True)
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(4, 2))
+
+
+def test_units_by_hand_may_be_any_outputs_and_inputs_that_are_there() -> None:
+    model = network()
+    layers = check_units(model, by_hand([5, 0], [0, 3]))
+    assert {name: view.weight is model.get_submodule(name).weight for name, view in layers.items()} == {
+        "0": True,
+        "2": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("units", "message"),
+    [
+        (by_hand([0, 6], [0, 1]), "name outputs of '0' that it does not have: it has 6"),
+        (by_hand([-1, 0], [0, 1]), "name outputs of '0' that it does not have: it has 6"),
+        (by_hand([0, 1], [0, 4]), "name inputs of '2' that it does not have: it has 4"),
+        (by_hand([0, 1], []), "name inputs of '2' that it does not have: it has 4"),
+        (by_hand([0, 1], [0, 1], maker="1"), "name '1', which is no linear or convolution layer"),
+        (by_hand([0, 1], [0, 1], user="3"), "name a module '3' that Sequential does not have"),
+    ],
+)
+def test_units_by_hand_that_are_not_there_are_refused(units: HiddenUnits, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_units(network(), units)
+
+
+def test_entries_are_sorted_by_unit_and_every_unit_has_as_many() -> None:
+    def table(entries: Sequence[int], units: Sequence[int], size: int) -> Table:
+        return Table.of(Slots("a", torch.tensor(entries), torch.tensor(units)), size, torch.device("cpu"), None)
+
+    assert table([7, 8, 5, 6], [1, 0, 1, 0], 2).entries.tolist() == [[8, 6], [7, 5]]
+    assert table([7, 8], [1, 0], 2).of_units(torch.tensor([1, 0])).tolist() == [7, 8]
+    assert table([1, 0], [1, 0], 2).is_in_order
+    assert not table([0, 1], [1, 0], 2).is_in_order
+    assert not table([0, 1, 2, 3], [0, 0, 1, 1], 2).is_in_order
+    for units, size in (([0, 0, 0, 1], 2), ([0, 0], 2), ([0, 0, 1, 1, 1], 2), ([0, 1], 3), ([1, 2], 2)):
+        with pytest.raises(ValueError, match="the same number of entries in 'a', at least one"):
+            table([*range(len(units))], units, size)
+
+
+def test_units_are_named_from_further_out() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2))
+    [units] = find_units(model, torch.zeros(2, 4))
+    moved = renamed(units, "net.")
+    assert moved.name == "net.0"
+    assert [slots.module for slots in (*moved.producers, *moved.norms, *moved.consumers)] == ["net.0", "net.1", "net.3"]
+    assert renamed(units, "") is units
