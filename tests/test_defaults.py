@@ -153,6 +153,13 @@ def test_a_function_has_the_defaults_of_its_metric() -> None:
             assert value in of_metrics[argument], (name, argument)
 
 
+def test_a_method_that_has_not_begun_has_done_nothing() -> None:
+    rescaling, memory = callbacks.ActivationReset(), callbacks.OptimizerReset(every_n_train_steps=1)
+    assert (rescaling.scaled_low, rescaling.scaled_high, memory.resets, memory.optimizer_steps) == (0, 0, 0, 0)
+    for kind in (callbacks.ContinualBackprop, callbacks.ReDo, callbacks.SelfNormalizedReset):
+        assert kind().replaced == 0
+
+
 @pytest.mark.parametrize("name", metrics.__all__)
 def test_what_metrics_say_of_themselves(name: str) -> None:
     metric = getattr(metrics, name)

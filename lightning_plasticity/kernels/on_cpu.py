@@ -169,8 +169,9 @@ def average_in(averages: Tensors, weight: float) -> None:
 @compiled
 def _average_in(like: Any, places: Any, weight: float) -> None:
     for t in range(len(places)):
-        averages = numba.carray(_at(places[t, 0]), places[t, 1], like.dtype)
-        values = numba.carray(_at(places[t, 2]), places[t, 1], like.dtype)
+        at, count, beside_at = places[t]
+        averages = numba.carray(_at(at), count, like.dtype)
+        values = numba.carray(_at(beside_at), count, like.dtype)
         for i in range(len(averages)):
             value = values[i] if values[i] * 0 == 0 else averages[i]
             averages[i] = averages[i] * (1.0 - weight) + value * weight
@@ -185,9 +186,10 @@ def average_utilities(averages: Tensors, gradients: Tensors, weight: float) -> N
 @compiled
 def _average_utilities(like: Any, places: Any, of_gradients: Any, weight: float) -> None:
     for t in range(len(places)):
-        averages = numba.carray(_at(places[t, 0]), places[t, 1], like.dtype)
-        weights = numba.carray(_at(places[t, 2]), places[t, 1], like.dtype)
-        gradients = numba.carray(_at(of_gradients[t, 0]), places[t, 1], like.dtype)
+        at, count, beside_at = places[t]
+        averages = numba.carray(_at(at), count, like.dtype)
+        weights = numba.carray(_at(beside_at), count, like.dtype)
+        gradients = numba.carray(_at(of_gradients[t, 0]), count, like.dtype)
         for i in range(len(averages)):
             value = abs(weights[i] * gradients[i])
             value = value if value * 0 == 0 else averages[i]
@@ -222,20 +224,21 @@ def _contributions(like: Any, places: Any, readers: Any, sizes_at: int, out_at: 
     out[:] = 0.0
     for r in range(len(places)):
         first_unit, first_column, per_unit, groups, outputs, inputs, kernel, is_transposed = readers[r]
+        at, _, _ = places[r]
         sums = np.zeros(groups * inputs)
         if is_transposed:
-            by_input = numba.carray(_at(places[r, 0]), (inputs, outputs * kernel), like.dtype)
+            by_input = numba.carray(_at(at), (inputs, outputs * kernel), like.dtype)
             for i in range(inputs):
                 total = 0.0
                 for k in range(outputs * kernel):
                     total += abs(by_input[i, k])
                 sums[i] = total
         elif kernel == 1:
-            by_output = numba.carray(_at(places[r, 0]), (groups, outputs, inputs), like.dtype)
+            by_output = numba.carray(_at(at), (groups, outputs, inputs), like.dtype)
             for g in range(groups):
                 _add_sizes_of_rows(by_output[g], sums[g * inputs : (g + 1) * inputs])
         else:
-            by_place = numba.carray(_at(places[r, 0]), (groups, outputs, inputs, kernel), like.dtype)
+            by_place = numba.carray(_at(at), (groups, outputs, inputs, kernel), like.dtype)
             for g in range(groups):
                 for o in range(outputs):
                     for i in range(inputs):
@@ -281,9 +284,10 @@ def _clamp(like: Any, bits: Any, places: Any, limits: Any) -> None:
     without_sign = np.iinfo(bits.dtype).max
     bits_of_limits = numba.carray(_at(limits.ctypes.data), len(limits), bits.dtype)
     for t in range(len(places)):
-        entries, limit = numba.carray(_at(places[t, 0]), places[t, 1], like.dtype), limits[t]
+        at, count, _ = places[t]
+        entries, limit = numba.carray(_at(at), count, like.dtype), limits[t]
         # Numbers without their signs are ordered as their bits are, as integers, of which many are compared at once.
-        sizes, bits_of_limit = numba.carray(_at(places[t, 0]), places[t, 1], bits.dtype), bits_of_limits[t]
+        sizes, bits_of_limit = numba.carray(_at(at), count, bits.dtype), bits_of_limits[t]
         for start in range(0, len(entries), 1024):
             largest = bits.dtype.type(0)
             for size in sizes[start : start + 1024]:
@@ -306,7 +310,8 @@ def norms(tensors: Tensors, out: Tensor) -> None:
 @summing
 def _norms(like: Any, places: Any, out: Any) -> None:
     for t in range(len(places)):
-        entries = numba.carray(_at(places[t, 0]), places[t, 1], like.dtype)
+        at, count, _ = places[t]
+        entries = numba.carray(_at(at), count, like.dtype)
         total = 0.0
         for i in range(len(entries)):
             entry = float(entries[i])
@@ -358,7 +363,8 @@ def scale(tensors: Tensors, factors: Tensor) -> None:
 def _scale(like: Any, places: Any, factors_at: int) -> None:
     factors = numba.carray(_at(factors_at), len(places), like.dtype)
     for t in range(len(places)):
-        entries, factor = numba.carray(_at(places[t, 0]), places[t, 1], like.dtype), factors[t]
+        at, count, _ = places[t]
+        entries, factor = numba.carray(_at(at), count, like.dtype), factors[t]
         for i in range(len(entries)):
             entries[i] *= factor
 
@@ -374,7 +380,8 @@ def overflow(tensors: Tensors, factors: Tensor) -> bool:
 def _overflow(like: Any, places: Any, factors_at: int) -> Any:
     factors = numba.carray(_at(factors_at), len(places), like.dtype)
     for t in range(len(places)):
-        entries, factor = numba.carray(_at(places[t, 0]), places[t, 1], like.dtype), factors[t]
+        at, count, _ = places[t]
+        entries, factor = numba.carray(_at(at), count, like.dtype), factors[t]
         if factor > 1:
             for i in range(len(entries)):
                 if np.isfinite(entries[i]) and not np.isfinite(entries[i] * factor):
@@ -391,7 +398,8 @@ def pull(tensors: Tensors, rate: float) -> None:
 @compiled
 def _pull(like: Any, places: Any, factor: Any) -> None:
     for t in range(len(places)):
-        entries = numba.carray(_at(places[t, 0]), places[t, 1], like.dtype)
-        targets = numba.carray(_at(places[t, 2]), places[t, 1], like.dtype)
+        at, count, beside_at = places[t]
+        entries = numba.carray(_at(at), count, like.dtype)
+        targets = numba.carray(_at(beside_at), count, like.dtype)
         for i in range(len(entries)):
             entries[i] += (entries[i] - targets[i]) * factor

@@ -227,6 +227,25 @@ def test_with_a_large_epsilon_an_entry_that_is_reset_moves_less_than_a_fresh_one
     torch.testing.assert_close(ours / fresh, (size + eps) / (size + eps / filled), rtol=1e-7, atol=0.0)
 
 
+DECOUPLED = [
+    torch.optim.AdamW,
+    partial(torch.optim.NAdam, decoupled_weight_decay=True),
+    partial(torch.optim.RAdam, decoupled_weight_decay=True),
+]
+
+
+@pytest.mark.parametrize("make", DECOUPLED, ids=["AdamW", "NAdam", "RAdam"])
+def test_what_decays_beside_its_step_decays_as_fast_whatever_its_age(make: Any) -> None:
+    weight = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    optimizer = make([weight], lr=0.1, weight_decay=0.5)
+    for _ in range(20):
+        one_step(weight, optimizer, 1.0)
+    editor = Editor(nn.Identity(), [optimizer], "reset")
+    editor.write_masked(weight, torch.tensor([True, False]), torch.tensor(2.0))
+    one_step(weight, optimizer, 0.0)
+    assert weight[0].item() == pytest.approx(2.0 * (1 - 0.1 * 0.5), rel=1e-12)
+
+
 class AlsoAdam(torch.optim.Adam):
     """Takes the steps of Adam."""
 

@@ -127,8 +127,14 @@ def in_groups() -> nn.Sequential:
     )
 
 
+def turned() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 6, 3), nn.ReLU(), nn.ConvTranspose2d(6, 4, 2), nn.ReLU(), nn.ConvTranspose2d(4, 3, 1)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(147, 3))
+
+
 @both_types
-@pytest.mark.parametrize("build", [mlp, convolutional, in_groups])
+@pytest.mark.parametrize("build", [mlp, convolutional, in_groups, turned])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_contributions(dtype, build, layout):
     model = build().to(dtype).to(memory_format=layout)
@@ -136,7 +142,7 @@ def test_contributions(dtype, build, layout):
 
     def of(are_on: bool) -> list[Tensor]:
         use_kernels(are_on)
-        x = some(2, *(INPUT | {in_groups: (2, 8, 8)})[build], dtype=dtype)
+        x = some(2, *(INPUT | {in_groups: (2, 8, 8), turned: (2, 8, 8)})[build], dtype=dtype)
         population = ContinualBackprop(seed=0).attach(model, example_inputs=(x,))._population
         sizes = some(population.columns, dtype=dtype).abs()
         every = range(len(population.sets))
