@@ -346,6 +346,7 @@ def test_slots_of_flatten_norm_and_depthwise():
     assert flat.entry.tolist() == list(range(24))
     assert modules(found["0"].norms) == ["1"]
     assert [found[name].activation for name in ("0", "4", "8")] == ["leaky_relu", "gelu", "silu"]
+    assert all(units.exact for units in found.values())  # a norm of each channel by itself mixes none
 
     expand = by_name(find_units(randomised(depthwise()), *IMAGE))["expand"]
     assert modules(expand.producers) == ["expand", "spatial"]

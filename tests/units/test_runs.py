@@ -13,6 +13,7 @@ from lightning_plasticity.units.examining import undisturbed
 from lightning_plasticity.units.find import explore, find_units
 from lightning_plasticity.units.nans import NaNs, all_nan_along, any_nan, clean, nan_along, nan_channels, ones_for_nan
 from lightning_plasticity.units.network import Network
+from lightning_plasticity.units.runs import _digest
 from lightning_plasticity.units.stand_ins import StandIns, attended
 from lightning_plasticity.units.wiring import Wiring, codewords
 from units.property_check import invalid
@@ -89,6 +90,20 @@ def test_nans_are_compared_and_repeated(dim: int | None, whole: bool) -> None:
     assert torch.equal(nans.put_into(other).isnan(), x.isnan())
     other[1, 0] = NAN
     assert nans.are_exceeded_by(other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_digest_hears_every_bit_and_every_place(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    others = [x.flip(1), x.flip(0), x.view(5, 3).t()]
+    for place in range(x.numel()):
+        for bit in range(8 * x.element_size() - 1):
+            other = x.clone()
+            other.view(-1).view(integers)[place] ^= 1 << bit
+            others.append(other)
+    assert all(_digest(other) != _digest(x) for other in others)
+    assert _digest(x.t().contiguous().t()) == _digest(x)
 
 
 # ---- what stands in for products
