@@ -6,7 +6,6 @@ import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,13 +75,6 @@ class Activations:
         self._counts: dict[tuple[int, ...], Tensor] = {}
         self._inputs: dict[int, list[Tensor]] = {}
         self._kernels: list[Callable[[Tensor, int], int] | None] = []  # what adds up for each reader
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_kernels": []}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._find_kernels()
 
     def _find_kernels(self) -> None:
         """Kernels add up what readers are given whose entries are all inputs of a layer that nobody else reads."""

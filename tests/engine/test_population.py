@@ -126,6 +126,57 @@ def test_contributions(model: Network, sets: list[int]) -> None:
         close(population.contribution(sets, of_columns), weighted)
 
 
+def in_order() -> nn.Sequential:
+    """Every layer reads all units of one set, in their order, as kernels need it."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(1, 4, 2), nn.Tanh(), nn.Conv2d(4, 6, (2, 1), groups=2), nn.Tanh(), nn.Flatten()),
+        *(nn.Linear(6 * 2 * 3, 5), nn.Tanh(), nn.Linear(5, 2)),
+    ).double()
+
+
+@pytest.mark.parametrize("sets", [[0, 1, 2], [1], [2, 0]])
+@pytest.mark.parametrize("with_kernels", [False, True])
+@torch.no_grad()
+def test_contributions_where_kernels_read_the_weights(
+    sets: list[int], with_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "_is_on", with_kernels)
+    model = in_order()
+    population = attached(model)
+    assert population._read_weights is not None
+    factors = {name: torch.rand(36).double() for name in ("2", "5", "7")}
+    found = [population.sets[i] for i in sets]
+    of_columns = torch.cat([by_column(r, factors[r.table.module]) for unit_set in found for r in unit_set.readers])
+    for _ in range(2):
+        expected = torch.cat([read_sizes(model, unit_set, factors) for unit_set in found])
+        close(population.contribution(sets, of_columns.clone()), expected)
+        close(population.contribution(sets), torch.cat([read_sizes(model, unit_set, None) for unit_set in found]))
+        model[7].weight *= 2
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.attention = nn.Linear(4, 6), nn.MultiheadAttention(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.hidden(x).tanh()
+        return self.attention(x, x, x)[0]
+
+
+@torch.no_grad()
+def test_each_of_several_layers_in_one_weight_counts_for_itself() -> None:
+    model, x = Attends().double(), torch.randn(3, 4).double()
+    population = ContinualBackprop().attach(model, example_inputs=(x,))._population
+    assert [unit_set.name for unit_set in population.sets] == ["hidden", "attention.v_proj"]
+    queries, keys, values = (part.abs().mean(0) for part in model.attention.in_proj_weight.chunk(3))
+    close(population.contribution([0]), queries + keys + values)
+    read = model.attention.out_proj.weight.abs().mean(0)
+    close(population.contribution([0, 1]), torch.cat([queries + keys + values, read]))
+    close(population.incoming([1]), model.attention.in_proj_weight[12:].abs().mean(1))
+
+
 @some_sets
 def test_sizes_of_incoming_weights_and_of_their_gradients(model: Network, sets: list[int]) -> None:
     population = attached(model)

@@ -1,5 +1,6 @@
 """What methods read of weights that ranks share out: on each rank what one rank reads of whole ones."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from lightning_plasticity import ContinualBackprop, find_units
 
 SETS = [[*range(len(NAMES))], [0], [3, 1], [4, 2]]
 WAYS: dict[str, list[Placement]] = {"rows": [Shard(0)], "columns": [Shard(1)], "copies": [Replicate()]}
+SOME = "rows of some"
 
 
 def network() -> Network:
@@ -25,13 +27,12 @@ def network() -> Network:
     return model
 
 
-def shared_out(model: nn.Module, placements: list[Placement]) -> nn.Module:
+def shared_out(modules: Iterable[nn.Module], placements: list[Placement]) -> None:
     mesh = init_device_mesh("cpu", (2,))
-    for module in model.children():
+    for module in modules:
         weight = module.weight
         module.weight = nn.Parameter(distribute_tensor(weight.detach(), mesh, placements))
         module.weight.grad = distribute_tensor(weight.grad, mesh, placements)
-    return model
 
 
 def read(model: nn.Module) -> list[Tensor]:
@@ -53,7 +54,14 @@ def read(model: nn.Module) -> list[Tensor]:
 
 
 def on_each(rank: int) -> dict[str, list[Tensor]]:
-    return {name: read(shared_out(network(), placements)) for name, placements in WAYS.items()}
+    found = {}
+    for name, placements in WAYS.items():
+        model = network()
+        shared_out(model.children(), placements)
+        found[name] = read(model)
+    model = network()
+    shared_out([model.grouped, model.both], WAYS["rows"])
+    return found | {SOME: read(model)}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +69,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return on_ranks(2, on_each, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, SOME])
 def test_sizes_of_weights_are_those_of_the_whole_network(way: str, ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         for found, expected in zip(rank[way], read(network()), strict=True):
