@@ -83,12 +83,11 @@ class PartialReset(UnitCallback):
         self.decay_rate = checks.number("decay_rate", decay_rate, least=0, below=1)
         self.sharpness = checks.number("sharpness", sharpness, least=0)
         self.init = check_init(init)
-        self._utilities = torch.zeros(0)  # of units
 
     @override
     def _reset(self) -> None:
         self._initial = InitialDistribution(self.model, (), self.init)
-        self._utilities = torch.zeros(0)
+        self._utilities = torch.zeros(0)  # of units
         self._population.activations.listening = False
 
     @override

@@ -84,7 +84,7 @@ def plan(
     stages = {name: [] if is_excluded(name) else _stages(name, module) for name, module in modules.items()}
     weights = _distinct_weights(pair for found in stages.values() for stage in found for pair in stage)
     if not weights:
-        return Rescaling({}, [], torch.zeros(0, 0), torch.zeros(0, 0), [])
+        return Rescaling({}, [], torch.tensor([]), torch.tensor([]), [])
     one = torch.eye(len(weights), dtype=torch.float64)
     column = {id(weight): i for i, weight in enumerate(weights.values())}
     targets = {id(weight): Target(name, weight, one[i]) for i, (name, weight) in enumerate(weights.items())}

@@ -69,6 +69,7 @@ def test_what_is_not_summed_by_kernels():
     torch.set_num_threads(2)
     try:
         assert rows(large) == 0
+        assert rows(large[1:]) == len(large) - 1
     finally:
         torch.set_num_threads(1)
     assert rows(large) == len(large)
@@ -254,6 +255,7 @@ def test_tensors_that_are_large_together_are_left_to_several_threads():
     torch.set_num_threads(2)
     try:
         assert Tensors(halves).kernels() is None
+        assert Tensors([halves[1], halves[1]]).kernels() is kernels  # as many as one thread may have
     finally:
         torch.set_num_threads(1)
     assert Tensors(halves).kernels() is kernels

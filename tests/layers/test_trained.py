@@ -1,10 +1,12 @@
 """Which weights a step has trained: those that are frozen at first join when they are thawed."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_plasticity.layers.trained import LayerWeights
+from lightning_plasticity.layers.trained import LayerWeights, each_times
 from lightning_plasticity.layers.weights import LayerPatterns, find_parameters, find_weights
 
 EVERYWHERE = LayerPatterns(("*",), ())
@@ -45,3 +47,16 @@ def test_no_weights_at_all_are_an_error():
     for patterns, left_out in ((LayerPatterns(("*",), ("0",)), []), (EVERYWHERE, list(model.parameters()))):
         with pytest.raises(ValueError, match=r"A method needs weights .* include=\('\*',\).* leaves none that"):
             LayerWeights("A method", model, "", patterns, [], frozenset(left_out))
+
+
+@pytest.mark.parametrize("is_cpu", [True, False])
+@pytest.mark.parametrize("second", [torch.float32, torch.float64])
+def test_each_tensor_is_multiplied_by_its_own_factor(is_cpu, second):
+    types = torch.float32, second, torch.float32
+    tensors = [torch.randn(shape, dtype=of_one) for shape, of_one in zip(((2, 3), (4,), ()), types, strict=True)]
+    factors = [torch.tensor(factor, dtype=of_one) for factor, of_one in zip((0.5, -3.0, 7.0), types, strict=True)]
+    with patch.object(Tensor, "is_cpu", is_cpu):
+        found = each_times(tensors, factors)
+        assert each_times([], []) == []
+    expected = [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
