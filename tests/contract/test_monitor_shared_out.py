@@ -123,7 +123,8 @@ def test_outputs_are_put_together_or_refused(ranks: Any) -> None:
 def test_what_differentiates_the_model_is_refused_at_the_start(tmp_path: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
-        model = fully_shard(one_layer(), mesh=init_device_mesh("cpu", (1,)))
+        model = one_layer().append(nn.Linear(6, 2).double())
+        fully_shard(model[0], mesh=init_device_mesh("cpu", (1,)))  # one layer is enough
         monitor = PlasticityMonitor({"of the batch": M.GradientCovariance()}, 1)
         with pytest.raises(RuntimeError, match=r"GradientCovariance differentiates .* Leave 'of the batch' out"):
             monitor.attach(model)

@@ -51,6 +51,16 @@ def test_norms_are_bars_by_layer_and_a_history_of_them_curves_by_layer():
     assert ax.get_legend() is not None
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_bars_have_room_beside_them_and_for_their_numbers(count):
+    _, ax = M.UpdateRatio().plot({str(number): torch.tensor(2.0) for number in range(count)})
+    assert [text.get_text() for text in ax.texts] == ["2"] * count
+    width, height = 2.0, count - 1 + 0.8  # of all bars, each 0.8 high
+    assert ax.get_xlim()[1] == pytest.approx(width * 1.15)
+    bottom, top = ax.get_ylim()  # the first bar on top
+    assert (bottom, top) == pytest.approx((count - 0.6 + 0.5 / count * height, -0.4 - 0.5 / count * height))
+
+
 def test_covariance_is_a_heat_map_from_minus_1_to_1():
     metric = fed("GradientCovariance")
     figure, ax = metric.plot()
