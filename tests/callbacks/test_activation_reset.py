@@ -35,6 +35,18 @@ def test_all_weights_agree_with_the_slow_reference(build, activation):
     assert counts["low"] > counts["high"] > 50
 
 
+def test_a_reset_that_is_just_earned_is_made_at_once():
+    """Of low activations first: those units are no longer among the ones that earn resets of high ones."""
+    model = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 1)).double()
+    method = ActivationReset(ActivationStrategy(0.2, 0.25, -0.5, 0.5), maturity_threshold=0)
+    optimizer = attached(method, model, (2,))
+    for count in (1, 2, 3):  # each step earns a fifth of 5 units, and a quarter of the 4 others
+        model(torch.ones(3, 2).double()).sum().backward()
+        optimizer.step()
+        method.step()
+        assert (method.scaled_low, method.scaled_high) == (count, count)
+
+
 def test_the_strategy_follows_the_activation():
     model = nn.Sequential(
         nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.SiLU(), nn.Linear(5, 5),

@@ -31,6 +31,18 @@ def record_choices(method: ContinualBackprop) -> list:
     return history
 
 
+@pytest.mark.parametrize(("maturity", "steps"), [(0, 1), (1, 2), (5, 6)])
+def test_a_replacement_that_is_just_earned_is_made_at_once(maturity, steps):
+    model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    method = ContinualBackprop(0.25, maturity).attach(model, optimizer, example_inputs=(torch.zeros(1, 2).double(),))
+    for step in range(1, steps + 1):
+        model(torch.ones(3, 2).double()).sum().backward()
+        optimizer.step()
+        method.step()
+        assert method.replaced == (step == steps)  # once all four units are old enough
+
+
 def attached(method, build, lr=0.05, optimizer=torch.optim.SGD):
     model = build()
     optimizer = optimizer(model.parameters(), lr=lr)

@@ -105,9 +105,9 @@ def test_everything_is_as_it_was():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 2))
     model[2].eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.randn(3, 4)
     random = torch.get_rng_state()
-    trace(model, (torch.randn(3, 4),), {})
-    random = torch.get_rng_state()
+    trace(model, (x,), {})
     run_with(model, (torch.ones(3, 4),), {}, {}, training=True)
     assert torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
