@@ -540,7 +540,11 @@ def test_lightning_wrappers_of_an_optimizer() -> None:
 
 
 class ReplacesOptimizer(LightningNetwork):
-    """Gives the Trainer a new optimizer before the fourth batch."""
+    """Gives the Trainer a new optimizer before the fourth batch, while a layer still waits for its first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.not_called = nn.Linear(2, 2)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if batch_idx == 3:

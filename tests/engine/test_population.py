@@ -215,6 +215,22 @@ def test_a_unit_of_several_rows_has_the_first_ones_size_and_the_mean_of_their_gr
     close(population.gradient_sizes([0])[1], model[0].weight.grad.view(3, -1).abs().mean(1))
 
 
+@pytest.mark.parametrize("rows", [[0, 1, 2], [3, 4, 5], [4, 0, 2]])
+def test_units_that_are_some_outputs_of_a_layer_have_the_sizes_of_these(rows: list[int]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+    makes, uses = (Slots(name, torch.tensor(rows), torch.arange(3)) for name in ("0", "2"))
+    units = HiddenUnits("0", 3, (makes,), (), (uses,), "relu", exact=True)
+    population = ContinualBackprop(units=[units]).attach(model)._population
+    x = torch.randn(4, 3).double()
+    model(x).sum().backward()
+    close(population.incoming([0]), model[0].weight[rows].abs().mean(1))
+    close(population.gradient_sizes([0])[1], model[0].weight.grad[rows].abs().mean(1))
+    close(population.take_means([0])[0], model[:2](x)[:, rows].mean(0))
+    with torch.no_grad():
+        close(population.contribution([0]), model[2].weight[:, rows].abs().mean(0))
+
+
 @some_sets
 @pytest.mark.parametrize("sizes", [(1,), (3,), (3, 1), (1, 3), (1, 1), (2, 3, 4)])
 @pytest.mark.parametrize("utility", ["contribution", "zero_contribution"])
