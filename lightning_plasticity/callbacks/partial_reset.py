@@ -88,7 +88,6 @@ class PartialReset(UnitCallback):
     def _reset(self) -> None:
         self._initial = InitialDistribution(self.model, (), self.init)
         self._utilities = torch.zeros(0)  # of units
-        self._population.activations.listening = False
 
     @override
     def _add_sets(self, sets: Sequence[UnitSet]) -> None:

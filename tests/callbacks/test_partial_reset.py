@@ -52,6 +52,20 @@ def test_what_is_touched_and_what_stays():
     assert optimizer.state[model[0].bias]["exp_avg"].any()
 
 
+@pytest.mark.parametrize("is_known_before", [True, False])
+def test_activations_are_not_added_up(is_known_before):
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    examples = {"example_inputs": (torch.zeros(1, 4),)} if is_known_before else {}
+    method = PartialReset(0.1, 100).attach(model, optimizer, **examples)
+    for _ in range(3):
+        model(torch.ones(8, 4)).sum().backward()
+        heard = list(method._population.activations._rows)
+        optimizer.step()
+        method.step()
+    assert heard == [0]
+
+
 def test_grouped_convolutions():
     """A unit's columns are in its own group."""
     torch.manual_seed(0)

@@ -218,6 +218,22 @@ def test_quantiles_of_few_and_of_equal_values() -> None:
     assert initial.draw("bias", generator()).item() == 0.25
 
 
+@pytest.mark.parametrize("count", [2, 3, 257, 1000])
+def test_quantiles_of_evenly_spaced_values_are_what_chance_gives(count: int) -> None:
+    layer = nn.Linear(count, 1).double()
+    layer.weight.data = torch.linspace(1.0, 3.0, count, dtype=torch.float64).flip(0).view(1, count)
+    drawn = InitialDistribution(layer, ["weight"], "quantiles").draw("weight", generator())
+    chance = torch.rand(1, count, generator=generator(), dtype=torch.float64)
+    torch.testing.assert_close(drawn, 1 + 2 * chance, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("mean", "is_told"), [(2.5, False), (-2.5, False), (2.625, True), (-2.625, True)])
+def test_a_mean_is_told_where_it_is_further_from_0_than_five_standard_errors(mean: float, is_told: bool) -> None:
+    layer = nn.Linear(2, 2)
+    layer.weight.data = torch.tensor([[mean - 1, mean + 1], [mean + 1, mean - 1]])
+    assert InitialDistribution(layer, ["weight"]).mean("weight") == (mean if is_told else 0.0)
+
+
 def test_mean() -> None:
     layer = nn.Linear(3, 2)
     nn.init.constant_(layer.weight, 0.25)
