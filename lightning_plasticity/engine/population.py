@@ -37,8 +37,8 @@ class Population(KnownUnits):
         callback: PlasticityCallback,
         units: Sequence[HiddenUnits] | None,
         exclude: Sequence[str] | str,
-        keep_inputs: bool = False,
-        reads_sizes: bool = True,
+        keep_inputs: bool,
+        reads_sizes: bool,
     ) -> None:
         self._reads_sizes = reads_sizes
         self._keep_inputs = keep_inputs

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity import ContinualBackprop, find_units
+from lightning_plasticity import ActivationReset, ContinualBackprop, ReDo, SelfNormalizedReset, find_units
 from lightning_plasticity.callbacks.continual_backprop import Utility
 from lightning_plasticity.engine import activations
 from lightning_plasticity.engine.activations import sum_of_sizes
 from lightning_plasticity.engine.population import Population, average_in
+from lightning_plasticity.engine.unit_callback import UnitCallback
 from lightning_plasticity.engine.unit_sets import Reader, UnitSet
 from lightning_plasticity.kernels import choice
 from lightning_plasticity.units.find import HiddenUnits
@@ -281,13 +282,26 @@ def test_examples_may_have_positions_or_no_batch(
     close(distance, heard.abs().mean(0))
 
 
-def test_inputs_are_held_only_where_distances_are_asked_for(model: Network) -> None:
-    for utility, count in (("contribution", 0), ("zero_contribution", 6)):
-        population = attached(model, utility)
-        model(torch.randn(2, 1, 4, 4).double())
-        assert len(population.activations._inputs) == count
-        population.activations.forget()
-        assert not population.activations._inputs
+@pytest.mark.parametrize(
+    ("method", "count"),
+    [
+        (ContinualBackprop(), 0),
+        (ContinualBackprop(utility="zero_contribution"), 2),
+        (ContinualBackprop(utility="adaptable_contribution"), 2),
+        (ReDo(0.1, 100), 0),
+        (ActivationReset(), 0),
+        (SelfNormalizedReset(), 0),
+    ],
+)
+def test_inputs_are_held_only_where_distances_are_asked_for(method: UnitCallback, count: int) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    activations = method.attach(model, example_inputs=(torch.zeros(1, 3),))._population.activations
+    for _ in range(2):
+        model(torch.randn(2, 3))
+        assert len(activations._inputs) == count
+    activations.forget()
+    assert not activations._inputs
+    method.detach()
 
 
 def test_only_sets_whose_readers_were_all_called_are_heard(model: Network) -> None:
