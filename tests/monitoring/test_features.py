@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_plasticity.monitoring.features import by_unit, call_with, inputs_and_targets_of, inputs_of
+from lightning_plasticity.monitoring.features import _fits, by_unit, call_with, inputs_and_targets_of, inputs_of
 
 
 @pytest.mark.parametrize("entries", [[[0, 1], [2, 3]], [[2], [0], [1]], [[3, 1, 5], [0, 4, 2]]])
@@ -52,3 +52,10 @@ def test_inputs_become_the_arguments_of_a_call() -> None:
         call = call_with(module, "net.", batch)
         assert (call.module, call.prefix) == (module, "net.")
         assert (tuple(call.args), dict(call.kwargs)) == (args, kwargs)
+
+
+def test_a_pattern_fits_a_set_or_the_layer_whose_units_fall_into_several() -> None:
+    fitting = [
+        pattern for pattern in ("net.0:1", "net.0", "net.*", "net.0:2", "0", "1", "") if _fits("net.0:1", pattern)
+    ]
+    assert fitting == ["net.0:1", "net.0", "net.*"]

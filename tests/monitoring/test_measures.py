@@ -4,10 +4,22 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torchmetrics import Metric
 
 from lightning_plasticity import metrics as M
 from lightning_plasticity.monitoring.measures import Measures, mean_and_layers, named
+
+
+class OutputSize(Metric):
+    """A user's own measure."""
+
+    def update(self, model: nn.Module, inputs: Tensor) -> None:
+        self.size = model(inputs).norm()
+
+    def compute(self) -> Tensor:
+        return self.size
+
 
 FEATURES = torch.tensor([[1.0, 0.0], [2.0, 0.0]])
 
@@ -62,6 +74,37 @@ def test_a_state_takes_the_place_of_all_that_was_measured() -> None:
     assert other.take(other.updates())[0] == {"distance": {"": 5.0}}
     other.clear()
     assert other.state_dict() == {}
+
+
+def test_of_parts_only_what_differentiates_the_model_is_refused() -> None:
+    for metric in (M.Sharpness(), M.HessianSpectrum(), M.GradientCovariance(), M.LocalRedundancy(), M.NTKRank()):
+        measures = Measures({"norm": M.WeightNorm(), "own": metric}, synchronize=True)
+        with pytest.raises(RuntimeError, match=f"{type(metric).__name__} differentiates .* Leave 'own' out"):
+            measures.check_take_parts()
+    cheap = (M.WeightNorm(), M.DeadUnits(), M.GradientNorm(), M.UpdateRatio(), M.Churn(), OutputSize())
+    Measures(named(cheap), synchronize=True).check_take_parts()
+
+
+def test_one_number_is_required_of_a_metric() -> None:
+    for value, shown in ((torch.ones(2), r"\(2,\)"), (torch.ones(0), r"\(0,\)"), (1.0, "float")):
+        measures = Measures({"own": OutputSize()}, synchronize=True)
+        measures.of("inputs")[0].compute = lambda value=value: value  # type: ignore[method-assign]
+        with pytest.raises(ValueError, match=f"one number, but that of 'own' gives {shown}"):
+            measures.take({("own", ""): 1})
+
+
+@pytest.mark.parametrize("synchronize", [False, True])
+def test_ranks_that_measure_the_same_data_do_not_ask_each_other(synchronize: bool) -> None:
+    prototype = M.WeightNorm()
+    (metric,) = Measures({"norm": prototype}, synchronize=synchronize).of("model")
+    assert (metric.distributed_available_fn is prototype.distributed_available_fn) is synchronize
+    assert synchronize or metric.distributed_available_fn() is False
+
+
+def test_what_only_another_rank_has_seen_is_taken_without_a_warning() -> None:
+    measures = Measures({"norm": M.WeightNorm()}, synchronize=True)
+    measures.of("model")
+    assert math.isnan(measures.take({("norm", ""): 1})[0]["norm"][""])
 
 
 def test_the_mean_of_layers_stands_beside_them_unless_the_model_has_a_value() -> None:
