@@ -70,6 +70,9 @@ class Layer:
         return torch.arange(self.first, self.first + self.size)
 
 
+NOBODY = -1  # in the place of a unit's number
+
+
 @dataclass(frozen=True)
 class Site:
     """A place where channels are read: ``role`` is column, depthwise, norm, activation, gate, value or state."""

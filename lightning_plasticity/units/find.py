@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity.names import original
 from lightning_plasticity.shards.tensors import is_flattened
-from lightning_plasticity.units.channels import Layer
+from lightning_plasticity.units.channels import NOBODY, Layer
 from lightning_plasticity.units.examining import undisturbed
 from lightning_plasticity.units.network import Network
 from lightning_plasticity.units.runs import Escape
@@ -167,12 +167,12 @@ def _assemble(wiring: Wiring) -> list[HiddenUnits]:
 
 
 def _hidden_units(wiring: Wiring, group: Group, name: str) -> HiddenUnits:
-    position = torch.full((wiring.count,), -1)
+    position = torch.full((wiring.count,), NOBODY)
     position[group.roots] = torch.arange(len(group.roots))
-    place = torch.where(position[wiring.root] >= 0, position[wiring.root], -1)  # of each unit, in this set
+    place = position[wiring.root]  # of each unit, in this set
 
     def slots(module: str, units: Tensor) -> Slots | None:
-        unit = torch.where(units >= 0, place[units.clamp(min=0)], -1)
+        unit = torch.where(units >= 0, place[units.clamp(min=0)], NOBODY)
         entry = (unit >= 0).nonzero().squeeze(1)
         return Slots(module, entry, unit[entry]) if len(entry) else None
 
@@ -183,7 +183,7 @@ def _hidden_units(wiring: Wiring, group: Group, name: str) -> HiddenUnits:
     producers = [Slots(group.layer.name, group.roots - group.layer.first, torch.arange(len(group.roots)))]
     for layer in wiring.layers:
         numbers = layer.numbers
-        joined = slots(layer.name, torch.where(wiring.root[numbers] != numbers, numbers, -1))
+        joined = slots(layer.name, torch.where(wiring.root[numbers] != numbers, numbers, NOBODY))
         producers += [joined] if joined is not None else []
     return HiddenUnits(
         name=name,

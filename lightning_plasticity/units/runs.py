@@ -191,7 +191,7 @@ OUTPUT = "the network's output"
 class Proof(_Marked):
     """Only the members are NaN and only their own columns clean them: wherever else NaN arrives, it has escaped.
 
-    ``units`` gives for each channel of a site the number of the unit it belongs to, -1 for none.
+    ``units`` gives for each channel of a site the number of the unit it belongs to, or ``NOBODY``.
     """
 
     sees = "whether units reach nothing else"

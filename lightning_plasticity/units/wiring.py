@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lightning_plasticity.units.channels import Layer, Site
+from lightning_plasticity.units.channels import NOBODY, Layer, Site
 from lightning_plasticity.units.examining import ForwardError
 from lightning_plasticity.units.network import Network
 from lightning_plasticity.units.probing import Watch, describe
@@ -50,7 +50,7 @@ class Wiring:
     """Which unit feeds which column, norm entry, activation and product of a network.
 
     Units are numbers of output channels. ``units[site]`` holds for each channel of a site the unit that alone feeds it,
-    or -1. ``root[unit]`` is the unit that this one belongs to: itself, or the one whose value it gates.
+    or ``NOBODY``. ``root[unit]`` is the unit that this one belongs to: itself, or the one whose value it gates.
     """
 
     def __init__(self, network: Network) -> None:
@@ -200,7 +200,7 @@ class Wiring:
             code = on_device.cpu()
             place = torch.searchsorted(words, code).clamp(max=self.count - 1)
             known = (words[place] == code) & (site not in unusable)
-            self.units[site] = torch.where(known, place, -1)
+            self.units[site] = torch.where(known, place, NOBODY)
         self._join(found)
         self.prover = Prover(self.network, self.layers, self.units, found)
 
@@ -230,19 +230,16 @@ class Wiring:
                 root[layer.first : layer.first + layer.size] = layer.joins.numbers.tolist()
         for layer in self.layers:
             states = self.units.get(Site("state", layer.name), torch.zeros(0))
-            for channel, (unit, state) in enumerate(zip(layer.numbers.tolist(), states.tolist(), strict=False)):
+            for unit, state in zip(layer.numbers.tolist(), states.tolist(), strict=False):
                 if state >= 0 and find(state) != find(unit):
-                    if root[unit] == unit:
-                        root[unit] = find(state)
-                    else:
-                        states[channel] = -1
+                    root[unit] = find(state)
         for event in sorted(event for event, gate in found.gates.items() if gate.dim is not None):
             gates, values = self.units[Site("gate", str(event))], self.units[Site("value", str(event))]
             for channel, (gate, value) in enumerate(zip(gates.tolist(), values.tolist(), strict=True)):
                 if gate < 0:
                     continue
                 if value < 0 or (root[gate] != gate and find(gate) != find(value)):
-                    gates[channel] = -1
+                    gates[channel] = NOBODY
                 elif find(value) != gate:
                     root[gate] = find(value)
                     self.is_gate[gate] = True

@@ -173,6 +173,17 @@ def test_the_statistics_of_a_norm_without_weights_are_entries_too() -> None:
     ]
 
 
+@pytest.mark.parametrize(("shape", "entries"), [([8], 8), ([5, 8], 40), ([1, 5, 8], 40)])
+def test_a_layer_norm_has_an_entry_for_each_place_of_its_shape(shape: list[int], entries: int) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(shape), nn.ReLU(), nn.Linear(8, 2))
+    x = TOKENS[0].expand(2, *TOKENS[0].shape) if len(shape) == 3 else TOKENS[0]
+    (units,) = found_in(model, x).units
+    (norm,) = units.norms
+    assert norm.entry.tolist() == list(range(entries))
+    assert norm.unit.tolist() == [entry % 8 for entry in range(entries)]
+    assert not units.exact
+
+
 def test_a_norm_that_is_called_by_name_is_passed() -> None:
     model = Function(
         lambda s, x: s.b(F.relu(s.norm(input=s.a(x)))), a=nn.Linear(6, 8), norm=nn.BatchNorm1d(8), b=nn.Linear(8, 2)
