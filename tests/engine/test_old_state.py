@@ -70,6 +70,13 @@ def test_what_units_of_low_and_of_high_activation_have_earned_is_told_by_set(set
     assert [state["sets"][name]["earned"] for name in ("conv", "flat")] == [[0.1, 0.3], [0.2, 0.4]]
 
 
+def test_a_single_set_has_earned_what_is_said_of_it(sets: list[UnitSet]) -> None:
+    heard = {"sums": torch.zeros(2, 2, 6), "rows": of_ranks(1)}
+    for earned, expected in (([0.25], 0.25), ([[0.25], [0.5]], [0.25, 0.5]), ([], 0.0)):
+        state = by_name({"heard": heard, "steps": [5], "earned": earned}, sets[:1])
+        assert state["sets"]["conv"]["earned"] == expected
+
+
 def test_units_without_ages_are_as_old_as_their_set(sets: list[UnitSet]) -> None:
     state = by_name(old(steps=[5, 6]), sets)
     assert [state["sets"][name]["age"].tolist() for name in ("conv", "flat")] == [[5] * 3, [6] * 4]
