@@ -188,6 +188,23 @@ def test_a_layer_that_is_called_again_after_its_escape_is_not_marked() -> None:
     assert [escape.at and escape.at.name for escape in found] == ["second", None]
 
 
+def test_a_set_of_units_of_several_layers_begins_at_the_first_of_them() -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        x = self.second(mixed(self.first(x)))
+        return self.last(mixed(self.fourth(mixed(self.third(x)))))
+
+    wiring = wiring_of(Function(forward, **linears("first", "second", "third", "fourth", "last")), torch.randn(3, 6))
+    numbers = {layer.name: layer.numbers for layer in wiring.layers}
+    sets = [torch.zeros(wiring.count, dtype=torch.bool) for _ in range(2)]
+    sets[0][torch.cat([numbers["first"], numbers["third"][::2]])] = True
+    sets[1][torch.cat([numbers["third"][1::2], numbers["last"]])] = True
+    before = wiring.network.runs
+    found = wiring.prover.escapes_in_turn(sets)
+    assert wiring.network.runs == before + 1
+    assert found == alone(wiring, sets)
+    assert [escape.at.name for escape in found] == ["second", "fourth"]
+
+
 def test_products_after_an_escape_at_a_gate_are_of_numbers() -> None:
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         gate = self.first(x) + self.second(x)
