@@ -184,6 +184,7 @@ def test_what_is_told_of_steps_is_what_a_fresh_optimizer_does(make: Any, momentu
     optimizer = make([weight], lr=1.0, betas=(beta1, beta2), eps=EPS, weight_decay=0.0, **own)
     sizes = _step_sizes(_STEP_SIZES[make], beta1, beta2, momentum_decay)
     assert len(sizes) == 201
+    assert sizes[-1].item() == pytest.approx(1.0, rel=1e-6)  # for all that are older
     for age in range(1, 200):
         before = weight.item()
         one_step(weight, optimizer, 1.0)
