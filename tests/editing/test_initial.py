@@ -154,6 +154,22 @@ def test_reset_parameters_works_on_a_copy() -> None:
     assert torch.equal(initial.draw("weight", generator(), torch.tensor([2])), draw[2:])
 
 
+class Untrained(nn.Module):
+    """Its weight needs no gradients, so that it may write to it as to any tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 2), requires_grad=False)
+
+    def reset_parameters(self) -> None:
+        self.weight.fill_(4.0)
+
+
+def test_reset_parameters_of_a_module_that_is_not_trained() -> None:
+    drawn = InitialDistribution(Untrained(), ["weight"], "reset_parameters").draw("weight", generator())
+    assert torch.equal(drawn, torch.full((3, 2), 4.0))
+
+
 def test_a_function_fills_or_returns_the_whole_tensor() -> None:
     layer = nn.Linear(4, 4, dtype=torch.bfloat16)
     seen: list[Tensor] = []
