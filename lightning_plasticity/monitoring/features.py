@@ -125,7 +125,7 @@ class FeatureReader:
                 "`find_units(model, example, explain=True)` prints why. Name the modules whose output to measure with "
                 "layers=, the part of the model that has hidden units with module=, or give other metrics only."
                 + "".join(f"\n  {layer}: {reason}" for layer, reason in reasons),
-                stacklevel=2,
+                stacklevel=5,  # who called step() in a plain loop
             )
 
     def _read_units(self, name: str, units: HiddenUnits) -> None:

@@ -233,3 +233,14 @@ def test_what_cannot_work_is_refused() -> None:
         monitor.step()
     monitor.detach()
     assert hooks(model, optimizer) == 0
+
+
+def test_where_no_hidden_layer_is_found_the_warning_names_the_line_of_the_loop() -> None:
+    model = nn.Sequential(nn.Linear(6, 4))
+    optimizer = adam(model.parameters())
+    monitor = PlasticityMonitor([M.DeadUnits()], 1).attach(model, optimizer)
+    model(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="need hidden layers, but none was found") as caught:
+        assert monitor.step() == {}
+    assert [warning.filename for warning in caught] == [__file__]
