@@ -213,6 +213,18 @@ def test_nothing_stands_in_where_it_would_make_nan() -> None:
     assert units.size == 1000
 
 
+def test_nothing_stands_in_where_it_would_make_nan_behind_the_last_layer() -> None:
+    model = Function(
+        lambda self, x: (self.second(self.first(x).relu())[:, 5000:] - 50).sqrt(),
+        first=nn.Linear(1, 8), second=nn.Linear(8, 6000),
+    )  # fmt: skip
+    with torch.no_grad():
+        model.second.bias.copy_(torch.arange(6000) // 4096 * 100)
+    x = torch.zeros(1, 1)
+    assert not wiring_of(model, x).network.stand_ins._kept
+    assert [units.name for units in find_units(model, x)] == ["first"]
+
+
 def test_noise_is_heard_at_a_layer_though_what_it_computes_is_not_used() -> None:
     """Sums that leave NaN out let units reach another layer unseen by NaN."""
 

@@ -233,6 +233,16 @@ def test_training_that_calls_no_more_layers_is_not_looked_at() -> None:
     assert found.left_out["never"] == "it is not called in a forward pass"
 
 
+def test_layers_behind_one_that_cannot_be_used_are_told_as_well() -> None:
+    model = Function(
+        lambda s, x: s.c(s.b(s.normed(x).relu()).relu()), normed=nn.utils.parametrizations.weight_norm(nn.Linear(6, 8)),
+        b=nn.Linear(8, 8), c=nn.Linear(8, 2), never=nn.Linear(2, 2),
+    )  # fmt: skip
+    found = explore(randomised(model), VECTOR, {})
+    assert [units.name for units in found.units] == ["b"]
+    assert found.left_out["never"] == "it is not called in a forward pass"
+
+
 def test_each_layer_that_is_refused_has_its_own_reason() -> None:
     def forward(s, x):
         first, second = s.first(x), s.second(x)
