@@ -170,8 +170,10 @@ class Editor(WholeEditor):
             return
         part = matrix(layer, layer.weight)
         [shift] = sum_over_shards([part.spread(_given_by(columns, amounts, layer), 0)], [layer.weight])
-        bias = bias_by_row(layer, layer.bias)
-        bias.local.add_(bias.take(shift.nan_to_num_(0.0, 0.0, 0.0), 0))  # in the wider type of the two
+        shift = bias_by_row(layer, layer.bias).take(shift.nan_to_num_(0.0, 0.0, 0.0), 0)
+        values = self.remainders.open([layer.bias])
+        held_view(layer).bias_by_row(values[0]).add_(shift)
+        self.remainders.close([layer.bias], values)
 
     @without_gradients
     def reset_norm(self, module: str, entries: Tensor | None = None) -> None:

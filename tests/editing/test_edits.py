@@ -651,6 +651,17 @@ def test_replacing_a_constant_unit_leaves_the_output_where_it_was(kind: str) -> 
     torch.testing.assert_close(model(x), before)
 
 
+def test_small_shifts_of_a_bias_in_half_precision_add_up() -> None:
+    layer = nn.Linear(1, 1, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        layer.bias.fill_(1.0)
+    editor = Editor(layer)
+    for _ in range(100):  # each time less than half of the 0.0078 above 1 that bfloat16 has
+        editor.shift_bias("", torch.tensor([0]), torch.tensor([0.001]))
+    assert abs(layer.bias.item() - 1.1) < 0.004
+
+
 def test_a_replaced_unit_has_bias_zero_whatever_was_shifted_into_it() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3), nn.Linear(3, 2))
     editor, unit = Editor(model), torch.tensor([1])
