@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.layers.trained import LayerWeights, each_times
-from lightning_plasticity.layers.weights import LayerPatterns, find_parameters, find_weights
+from lightning_plasticity.layers.weights import LayerPatterns, find_parameters, find_weights, weights_in_words
 
 EVERYWHERE = LayerPatterns(("*",), ())
 
@@ -40,6 +40,12 @@ def test_a_weight_of_two_layers_is_one():
     assert list(find_parameters(model, "", EVERYWHERE)) == [
         "0.weight", "1.weight", "1.bias", "2.bias", "3.weight", "3.bias", "4.bias"
     ]  # fmt: skip
+
+
+def test_what_is_left_out_is_named_once():
+    model = nn.Sequential(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.Linear(3, 3).requires_grad_(False)))
+    assert weights_in_words([model[0][1].weight], model, "") == "1 weights (of 2). Left out: '0.0.weight'."
+    assert weights_in_words([model[0][0].weight, model[0][1].weight], model, "") == "2 weights."
 
 
 def test_no_weights_at_all_are_an_error():
