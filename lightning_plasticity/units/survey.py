@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +30,27 @@ _CHANGES = frozenset(
 )
 
 
-def _by_memory(parameters: Iterable[tuple[nn.Parameter, T]]) -> dict[int, T]:
-    """What belongs to each parameter, by its memory; nothing for those that share theirs with others."""
-    found: dict[int, tuple[nn.Parameter, T]] = {}
-    shared = set()
-    for parameter, value in parameters:
-        if found.setdefault(memory(parameter), (parameter, value))[0] is not parameter:
-            shared.add(memory(parameter))
-    return {key: value for key, (_, value) in found.items() if key not in shared}
+class _Owners(Generic[T]):
+    """To whom the memory of each parameter belongs; nobody, where two of them have the same."""
+
+    def __init__(self, parameters: Iterable[tuple[nn.Parameter, T]]) -> None:
+        # All parameters may be views of one vector, as after torch.nn.utils.vector_to_parameters.
+        self._found: dict[int, list[tuple[nn.Parameter, T]]] = defaultdict(list)
+        for parameter, owner in parameters:
+            found = self._found[memory(parameter)]
+            if all(parameter is not other for other, _ in found):
+                found.append((parameter, owner))
+
+    def of(self, x: Tensor) -> T | None:
+        """Whose parameter a tensor is, or is a view of."""
+        owners = [owner for parameter, owner in self._found.get(memory(x), ()) if _holds(parameter, x)]
+        return owners[0] if len(owners) == 1 else None
+
+
+def _holds(parameter: nn.Parameter, x: Tensor) -> bool:
+    first = parameter.storage_offset()
+    last = first + sum((size - 1) * step for size, step in zip(parameter.shape, parameter.stride(), strict=True))
+    return bool(first <= x.storage_offset() <= last)
 
 
 class Survey(Watch):
@@ -53,8 +66,8 @@ class Survey(Watch):
         self.direct: set[str] = set()  # layers that hand their own parameter to torch's linear or convolution
         self.elsewhere: dict[str, str] = {}  # the function outside a layer, or a call, that used its parameters
         self.foreign: dict[str, str] = {}  # modules that are no such layers -> the function that used their weight
-        self._owner = _by_memory((p, layer) for layer in network.layers for p in layer.module.parameters(recurse=False))
-        self._foreign = _by_memory((p, name) for name, m in network.foreign.items() for p in weights_of(m))
+        self._owners = _Owners((p, layer) for layer in network.layers for p in layer.module.parameters(recurse=False))
+        self._foreign = _Owners((p, name) for name, m in network.foreign.items() for p in weights_of(m))
         self.nan_outputs = False
         self._bit = {layer: 2 << place for place, layer in enumerate(network.layers)}
         self.norm_sites = {name: 2 << place for place, name in enumerate(network.norms, len(network.layers))}
@@ -93,10 +106,10 @@ class Survey(Watch):
     @override
     def uses_parameters(self, name: str, arguments: Sequence[Any]) -> None:
         for argument in tensors_in(arguments):
-            foreign = self._foreign.get(memory(argument))
+            foreign = self._foreign.of(argument)
             if foreign is not None and (name in MATRIX_CALLS or self._changes_weight(name, foreign)):
                 self.foreign.setdefault(foreign, name)
-            owner = self._owner.get(memory(argument))
+            owner = self._owners.of(argument)
             if owner is None:
                 continue
             if not self._active or self._active[-1].name != owner.call:

@@ -7,6 +7,7 @@ import torch
 from contract.cases import CASES, Case
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lightning_plasticity import SoftWeightRescaling, functional
 
@@ -127,3 +128,20 @@ def test_lbfgs_does_not_diverge(case: Case) -> None:
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, line_search_fn="strong_wolfe")
     losses = train(model, [optimizer], case, steps=30)
     assert max(losses) < 30 * losses[0], losses
+
+
+def in_one_vector(model: nn.Sequential) -> nn.Sequential:
+    """Its parameters become views of one vector."""
+    parameters = list(model.parameters())
+    vector_to_parameters(parameters_to_vector(parameters).detach().clone(), parameters)
+    return model
+
+
+@every_method
+def test_parameters_that_are_views_of_one_vector_are_parameters_like_others(case: Case) -> None:
+    models = perceptron(), in_one_vector(perceptron())
+    losses = [train(model, [torch.optim.Adam(model.parameters(), 0.01)], case, steps=30) for model in models]
+    assert losses[0] == losses[1]
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(ours, theirs)
+    assert len({p.untyped_storage().data_ptr() for p in models[1].parameters()}) == 1

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from faults.test_networks import in_one_vector
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn import functional as F
@@ -260,11 +261,12 @@ NETWORKS = {
 }
 
 
+@pytest.mark.parametrize("parameters", [lambda model: model, in_one_vector], ids=["", "in one vector"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_set_has_the_property_and_the_right_ones_are_found(name):
+def test_every_set_has_the_property_and_the_right_ones_are_found(name, parameters):
     torch.manual_seed(0)
     build, inputs, expected = NETWORKS[name]
-    model = randomised(build())
+    model = parameters(randomised(build()))
     found = find_units(model, *inputs)
     assert {units.name for units in found} == expected
     assert invalid(model, inputs, found) == []
@@ -412,8 +414,9 @@ def weight_normalised():
         (two_layers(lambda s, x: s.b(s.a(x) + s.a.weight.sum())), VECTOR, "a", "also used outside"),
     ],
 )
-def test_each_layer_left_out_has_a_reason(build, inputs, layer, reason, capsys):
-    model = randomised(build())
+@pytest.mark.parametrize("parameters", [lambda model: model, in_one_vector], ids=["", "in one vector"])
+def test_each_layer_left_out_has_a_reason(build, inputs, layer, reason, parameters, capsys):
+    model = parameters(randomised(build()))
     found = find_units(model, *inputs, explain=True)
     assert layer not in by_name(found)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == [layer])
