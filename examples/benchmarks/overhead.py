@@ -121,6 +121,9 @@ METHODS: dict[str, Callable[[], Any]] = {
     EAGER: EagerContinualBackprop,
 }
 LOOP_METHODS = [name for name in METHODS if name not in ("PlasticityMonitor", "an empty Callback", EAGER)]
+KEEP, RESET = "ContinualBackprop, 'keep'", "ContinualBackprop, 'reset'"  # of the optimizer's memory
+METHODS[KEEP] = lambda: plasticity.ContinualBackprop(seed=0, optimizer_state="keep")
+METHODS[RESET] = lambda: plasticity.ContinualBackprop(seed=0, optimizer_state="reset")
 MONITOR = {"PlasticityMonitor": 1.01}
 MLP1 = {"ContinualBackprop": 1.15, "ActivationReset": 1.15, "SoftWeightRescaling": 1.10}
 
@@ -148,6 +151,16 @@ class Case:
     ranks: int = 1
     threads: int = 1  # on the CPU
     is_chain: bool = False  # of linear layers, which is all that the method in plain operations knows
+    adam: bool = False  # or plain SGD, which remembers nothing
+
+    @property
+    def methods(self) -> list[str]:
+        """Those that are measured in it."""
+        if self.adam:
+            return ["ContinualBackprop", KEEP, RESET]
+        if self.trainer:
+            return [*LOOP_METHODS, "PlasticityMonitor", "an empty Callback"]
+        return [*LOOP_METHODS, EAGER] if self.is_chain else LOOP_METHODS
 
     @property
     def title(self) -> str:
@@ -177,6 +190,8 @@ CASES = {
     "resnet50-224-64": Case(RESNET50, LARGE, {"each": 1.02, **MONITOR}, **ON_GPU),
     "vit_b_16-224-64": Case(VIT, LARGE, {"each": 1.02, **MONITOR}, **ON_GPU),
 }
+for n in (1, 16):
+    CASES[f"mlp{n}-adam"] = Case(mlp, (n, 784), adam=True)
 for n in (128, 512, 2048):
     CASES[f"width{n}"] = Case(lambda n=n: mlp(n, 1), (1, 784), {}, min(100, 100_000 // n), rounds=15, parts=n)
 for n in (3, 30, 300):
@@ -191,10 +206,12 @@ CASES["ranks-resnet18-64-8"] = Case(RESNET18, (8, 3, 64, 64), {"each": 1.02}, st
 class LoopTwin:
     """Trains a network in a plain PyTorch loop, a block of steps at a time."""
 
-    def __init__(self, model: nn.Module, batches: Batches, method: Any = None) -> None:
+    def __init__(self, model: nn.Module, batches: Batches, method: Any = None, adam: bool = False) -> None:
         self._model, self._method = model, method
         self._batches = itertools.cycle(batches)
-        self._optimizer = torch.optim.SGD(model.parameters(), lr=0.003)
+        weights = model.parameters()
+        # Adam is slow to learn: gradients of batches that are learned by heart become denormal, which takes time itself
+        self._optimizer = torch.optim.Adam(weights, lr=1e-6) if adam else torch.optim.SGD(weights, lr=0.003)
         if method is not None:
             method.attach(model, self._optimizer, example_inputs=batches[0][:1])
 
@@ -305,7 +322,7 @@ def compare(case: Case, methods: Sequence[str], options: argparse.Namespace) -> 
         if options.compile:
             own.compile()
         own = own if case.ranks == 1 else DistributedDataParallel(own)
-        return (TrainerTwin if case.trainer else LoopTwin)(own, batches, *method)
+        return TrainerTwin(own, batches, *method) if case.trainer else LoopTwin(own, batches, *method, adam=case.adam)
 
     plain, twins = twin(), {name: twin(METHODS[name]()) for name in methods}
     everyone = [plain, *twins.values()]
@@ -313,7 +330,9 @@ def compare(case: Case, methods: Sequence[str], options: argparse.Namespace) -> 
         one.train(2)  # methods find units, which discards what was compiled before
     collectives = [count_collectives(one) for one in everyone] if case.ranks > 1 else []
     for name, one in twins.items():
-        has_ages = name in ("ContinualBackprop", "ActivationReset", EAGER) and not (options.quick and case.steps == 1)
+        has_ages = name not in ("SoftWeightRescaling", "PlasticityMonitor", "an empty Callback") and not (
+            options.quick and case.steps == 1
+        )
         one.train(105 if has_ages else 3)  # from now on units are old enough to be replaced
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
     draw = random.Random(0)
@@ -372,15 +391,12 @@ def count_collectives(twin: LoopTwin | TrainerTwin, steps: int = 10) -> float:
 
 
 def step_rows(name: str, options: argparse.Namespace) -> list[Row]:
-    case, methods = CASES[name], options.method
-    if not case.trainer:
-        methods = [m for m in methods if m in LOOP_METHODS or (m == EAGER and case.is_chain)]
-    else:
-        methods = [m for m in methods if m != EAGER]
-    if CASES[name].ranks == 1:
-        return compare(CASES[name], methods, options)
+    case = CASES[name]
+    methods = [method for method in case.methods if method in options.method]
+    if case.ranks == 1:
+        return compare(case, methods, options)
     with tempfile.TemporaryDirectory() as folder:
-        return in_processes(CASES[name].ranks, compare_on_rank, f"file://{folder}/store", name, methods, options)
+        return in_processes(case.ranks, compare_on_rank, f"file://{folder}/store", name, methods, options)
 
 
 def compare_on_rank(

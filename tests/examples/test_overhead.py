@@ -85,6 +85,17 @@ def test_a_new_run_replaces_its_own_rows_only(benchmark, tmp_path):
     assert "## another device" in output.with_suffix(".md").read_text()
 
 
+def test_what_the_optimizer_remembers_is_compared_with_adam(benchmark, tmp_path, monkeypatch):
+    monkeypatch.setitem(benchmark.CASES, "mlp1-adam", benchmark.Case(benchmark.mlp, (1, 784), steps=5, adam=True))
+    rows = call(benchmark, tmp_path / "found", "--case", "mlp1-adam")
+    assert list(rows) == [("mlp1-adam", name) for name in ("ContinualBackprop", benchmark.KEEP, benchmark.RESET)]
+    states = [benchmark.METHODS[name]().optimizer_state for _, name in rows]
+    assert states == ["survivors", "keep", "reset"]
+    batches = benchmark.random_batches((1, 784), 1, Namespace(device="cpu"))
+    assert isinstance(benchmark.LoopTwin(benchmark.mlp(), batches, adam=True)._optimizer, torch.optim.Adam)
+    assert isinstance(benchmark.LoopTwin(benchmark.mlp(), batches)._optimizer, torch.optim.SGD)
+
+
 def test_a_loop_and_a_trainer_do_the_same_steps(benchmark):
     batches = benchmark.random_batches((2, 784), 3, Namespace(device="cpu"))
     torch.manual_seed(0)
