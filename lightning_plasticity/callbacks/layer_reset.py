@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from lightning_plasticity.engine.examination import Part
 from lightning_plasticity.engine.schedule import Schedule, ScheduledCallback
 from lightning_plasticity.layers.flow import flow_in
 from lightning_plasticity.names import named_modules_as_written, original, submodule
+from lightning_plasticity.notices import warn
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.channels import is_norm
 
@@ -104,10 +104,9 @@ class LayerReset(ScheduledCallback):
 
     @override
     def _grow(self) -> None:
-        warnings.warn(
+        warn(
             "LayerReset counts the last layers among those that were called before the first step, and resets "
             f"{checks.few(self._chosen)}. Training calls others only now. If these are meant, name them with layers=.",
-            stacklevel=2,
         )
 
     @override

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, get_args
@@ -14,6 +13,7 @@ from lightning_plasticity import checks
 from lightning_plasticity.editing.edits import OptimizerState
 from lightning_plasticity.editing.optimizer_reset import Memory, reset_optimizer
 from lightning_plasticity.engine.schedule import Schedule, ScheduledCallback
+from lightning_plasticity.notices import warn
 
 
 class OptimizerReset(ScheduledCallback):
@@ -113,10 +113,9 @@ class OptimizerReset(ScheduledCallback):
         if not any(found) and self.optimizer_steps and not self._has_warned:
             self._has_warned = True
             names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
-            warnings.warn(
+            warn(
                 f"OptimizerReset(what={self.what!r}) found nothing to reset: {names} keeps nothing of that kind. "
                 "Use what='all', or leave the method out for this optimizer.",
-                stacklevel=2,
             )
 
     @override

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self, override
@@ -34,6 +34,7 @@ from lightning_plasticity.layers.weights import (
     find_weights,
     weights_in_words,
 )
+from lightning_plasticity.notices import warn_on_rank_zero
 from lightning_plasticity.shards.parts import part_of
 from lightning_plasticity.shards.sums import sum_over_shards
 from lightning_plasticity.shards.tensors import gradient, local
@@ -250,7 +251,7 @@ class SelectiveReinit(ScheduledCallback):
     def _act_once(self) -> None:
         if self._applied:
             if self._applied_to is not None and self._applied_to() is not self.model:
-                rank_zero_warn(
+                warn_on_rank_zero(
                     f"{type(self).__name__} acts once, and has acted on another model: it leaves this one as it is. "
                     "Call rearm() to let it act again, or use a new one for each model."
                 )

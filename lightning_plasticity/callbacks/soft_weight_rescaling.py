@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -30,6 +29,7 @@ from lightning_plasticity.layers.flow import Flow, flow_in
 from lightning_plasticity.layers.rescaling import change_of_outputs, plan
 from lightning_plasticity.layers.weights import weights_in_words
 from lightning_plasticity.names import submodule
+from lightning_plasticity.notices import warn
 from lightning_plasticity.shards.sums import whole_norms
 from lightning_plasticity.shards.tensors import local
 from lightning_plasticity.units.calls import ForwardCall
@@ -191,7 +191,7 @@ class SoftWeightRescaling(PlasticityCallback):
     def _warn(self, what: str) -> None:
         if not self._has_warned:
             self._has_warned = True
-            warnings.warn(f"{type(self).__name__} {what}", stacklevel=2)
+            warn(f"{type(self).__name__} {what}")
 
     def _is_excluded(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.exclude)
@@ -210,10 +210,9 @@ class SoftWeightRescaling(PlasticityCallback):
         self._grow()
         at_zero = [name for name, norm in zip(self._weights, self._initial_norms.tolist(), strict=True) if not norm]
         if at_zero and self._saved is None:
-            warnings.warn(
+            warn(
                 f"SoftWeightRescaling draws weights to their initial norm, which is 0 for {', '.join(at_zero)}: "
                 "they would hardly grow. Exclude these layers, or start them from something else.",
-                stacklevel=2,
             )
 
     @override

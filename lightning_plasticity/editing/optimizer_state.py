@@ -1,6 +1,5 @@
 """What becomes of an optimizer's memory of the entries of a parameter that get new values."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer, Rprop
 
 from lightning_plasticity.editing.entry_ages import AGE, Follower, count_ages, may_overshoot
+from lightning_plasticity.notices import warn
 from lightning_plasticity.shards.sums import sum_over_shards
 from lightning_plasticity.shards.tensors import is_shared_out, local
 
@@ -186,7 +186,7 @@ class EntryState:
     def _warn_once(self, about: str, message: str) -> None:
         if about not in self._warned:
             self._warned.add(about)
-            warnings.warn(message, stacklevel=3)
+            warn(message)
 
 
 def levels(optimizer: Optimizer) -> list[Optimizer]:

@@ -7,7 +7,6 @@ from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -16,6 +15,7 @@ from lightning_plasticity.engine.base import PlasticityCallback
 from lightning_plasticity.engine.unit_sets import Reader, Table, UnitSet, check_units, renamed
 from lightning_plasticity.layer_views import layers_of
 from lightning_plasticity.names import named_modules_as_written
+from lightning_plasticity.notices import warn_on_rank_zero
 from lightning_plasticity.units.calls import ForwardCall
 from lightning_plasticity.units.find import Findings, HiddenUnits, explore
 
@@ -80,7 +80,7 @@ class KnownUnits:
                 "module=, exclude less, or give the units with units=."
                 + "".join(f"\n  {layer}: {reason}" for layer, reason in list(self._refused.items())[:12])
             )
-        rank_zero_warn(
+        warn_on_rank_zero(
             f"{name} has nothing to do yet, for of the layers that are trained none has hidden units to work on. "
             f"Frozen, or in no optimizer: {checks.few(waiting or [unit_set.name for unit_set in self.sets])}. "
             "It begins with those that are unfrozen and handed to an optimizer while training goes on."

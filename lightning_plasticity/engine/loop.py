@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 import zlib
 from abc import ABC, abstractmethod
@@ -30,6 +29,7 @@ from lightning_plasticity.engine.state import VERSION, check_state, copied, for_
 from lightning_plasticity.engine.steps import OptimizerSteps, is_joining, those_that_join, unwrapped
 from lightning_plasticity.kernels import kernels_on, use_kernels
 from lightning_plasticity.names import original
+from lightning_plasticity.notices import warn
 from lightning_plasticity.shards.modules import shard_again, sharded_modules
 from lightning_plasticity.shards.tensors import is_shared_out
 from lightning_plasticity.units.calls import arguments_of
@@ -163,10 +163,9 @@ class LoopMethod(ShowsSettings, Method, ABC):
             )
         self._calls_without_step = 0 if has_stepped else self._calls_without_step + 1
         if self._calls_without_step == _MANY_CALLS:
-            warnings.warn(
+            warn(
                 f"{type(self).__name__}.step() was called {_MANY_CALLS} times in a row, and none of its optimizers has "
                 "made a step in between. If another optimizer trains the model now, call detach() and attach() again.",
-                stacklevel=3,
             )
 
     def detach(self) -> None:
@@ -237,10 +236,9 @@ class LoopMethod(ShowsSettings, Method, ABC):
         """Says, once for each part of the model, that nothing is decided by what is not finite."""
         if name not in self._left_alone:
             self._left_alone.add(name)
-            warnings.warn(
+            warn(
                 f"{type(self).__name__} leaves {name!r} alone where {what} are not finite. If that does not pass, "
                 "train with a smaller learning rate or clip gradients.",
-                stacklevel=2,
             )
 
     def not_called(self) -> list[str]:

@@ -1,7 +1,6 @@
 """Sharpness: the largest curvature of the loss."""
 
 import math
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from lightning_plasticity import checks
 from lightning_plasticity.functional.gradients import LossFunction, measuring
 from lightning_plasticity.functional.hessian import hessian_product
+from lightning_plasticity.notices import warn
 
 
 def sharpness(
@@ -96,9 +96,8 @@ def largest_eigenvalue(
         off_diagonal.append(beta)
         previous, vector = vector, product / beta
     else:
-        warnings.warn(
+        warn(
             f"The largest eigenvalue must converge in {max_iterations} iterations, got {eigenvalue:.4g} with residual "
             f"{residual:.2g}, more than {tolerance:g} of it: raise `max_iterations` or `tolerance`.",
-            stacklevel=2,
         )
     return torch.tensor(eigenvalue, dtype=torch.float64)

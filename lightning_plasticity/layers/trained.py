@@ -7,11 +7,11 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_plasticity.layers.weights import LayerPatterns, find_weights
+from lightning_plasticity.notices import warn_on_rank_zero
 
 K = TypeVar("K")
 
@@ -141,7 +141,7 @@ class LayerWeights:
             )
         trained: Sequence[Optimizer | None] = optimizers or [None]
         if not any(weights for optimizer in trained for _, weights in self.trained_by(optimizer)):
-            rank_zero_warn(
+            warn_on_rank_zero(
                 f"{method} has nothing to do yet, for each of the {len(self.names)} weights that it works on in "
                 f"{where!r} is frozen or belongs to no optimizer. It begins with those that are unfrozen and handed to "
                 "an optimizer while training goes on."

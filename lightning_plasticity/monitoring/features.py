@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
@@ -17,6 +16,7 @@ from lightning_plasticity.engine.examination import Part, is_inside
 from lightning_plasticity.engine.forward import ModelHook, allow_compiled_code, run_eagerly
 from lightning_plasticity.layer_views import layer_at
 from lightning_plasticity.names import named_modules_as_written
+from lightning_plasticity.notices import warn
 from lightning_plasticity.shards.modules import splits_layers
 from lightning_plasticity.shards.tensors import is_shared_out, whole
 from lightning_plasticity.units.calls import ForwardCall
@@ -120,12 +120,11 @@ class FeatureReader:
         elif not self.layers and not self._has_warned:
             self._has_warned = True
             reasons = list({**failed, **self._left_out}.items())[:12]
-            warnings.warn(
+            warn(
                 "Measures of features need hidden layers, but none was found: these measures are left out. "
                 "`find_units(model, example, explain=True)` prints why. Name the modules whose output to measure with "
                 "layers=, the part of the model that has hidden units with module=, or give other metrics only."
                 + "".join(f"\n  {layer}: {reason}" for layer, reason in reasons),
-                stacklevel=5,  # who called step() in a plain loop
             )
 
     def _read_units(self, name: str, units: HiddenUnits) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +28,7 @@ from lightning_plasticity.monitoring.measures import Measures, mean_and_layers, 
 from lightning_plasticity.monitoring.pictures import Record, picture, send_figure, send_numbers
 from lightning_plasticity.monitoring.session import Session
 from lightning_plasticity.names import named_modules_as_written, original
+from lightning_plasticity.notices import warn
 from lightning_plasticity.units.calls import arguments_of
 
 
@@ -242,10 +242,9 @@ class LoopMonitor(ShowsSettings):
 
     def _warn_without_matplotlib(self, loggers: Sequence[Any]) -> None:
         if self.figures and loggers and not _can_draw():
-            warnings.warn(
+            warn(
                 "PlasticityMonitor draws no figures, because matplotlib is not installed. Install it with "
                 "`pip install lightning-plasticity[plot]`, or set figures=False.",
-                stacklevel=3,
             )
 
     # ---- checkpoints
