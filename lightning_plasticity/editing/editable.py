@@ -26,8 +26,13 @@ def check_whole(model: nn.Module, needs: str) -> None:
 
 
 def check_own_shapes(model: nn.Module, needs: str) -> None:
-    """Raise if parameters of a model are pieces of flat ones; ``needs`` begins the error: who needs their shapes."""
+    """Raise if parameters of a model have no shape of their own; ``needs`` begins the error: who needs their shapes."""
     for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise RuntimeError(
+                f"{needs} parameters that have a shape, but {name!r} of a lazy module gets one in its first call. "
+                "Run one batch through the model first, in a Trainer at the end of configure_model()."
+            )
         if is_flattened(parameter):
             by = "DeepSpeed stage 3" if hasattr(parameter, "ds_id") else "FSDP1, as by strategy='fsdp'"
             raise RuntimeError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_plasticity.editing.editable import check_editable
 from lightning_plasticity.functional.soft_weight_rescaling import proportionality_error, tie
 from lightning_plasticity.layers.flow import INPUT, Flow, normalises, run_with
 from lightning_plasticity.names import submodule
@@ -235,4 +236,5 @@ def _pairs(name: str, module: nn.Module) -> Iterator[_Pair]:
         if "weight" in key and parameter is not None:
             bias = key.replace("weight", "bias")
             prefix = f"{name}." if name else ""
+            check_editable(parameter, prefix + key)
             yield _Pair(prefix + key, parameter, prefix + bias, module._parameters.get(bias))

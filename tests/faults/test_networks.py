@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from lightning_plasticity import SoftWeightRescaling, functional
+from lightning_plasticity import OptimizerReset, SoftWeightRescaling, functional
 
 every_method = pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
 
@@ -145,3 +145,26 @@ def test_parameters_that_are_views_of_one_vector_are_parameters_like_others(case
     for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(ours, theirs)
     assert len({p.untyped_storage().data_ptr() for p in models[1].parameters()}) == 1
+
+
+@every_method
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_parameters_without_a_shape_are_refused_by_name(case: Case) -> None:
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.LazyLinear(12), nn.ReLU(), nn.LazyLinear(3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    with pytest.raises(RuntimeError, match=r"'2.weight' of a lazy module.* Run one batch through the model first"):
+        case.make().attach(model, optimizer, (torch.zeros(2, 6),))
+    model(torch.zeros(2, 6))
+    case.make().attach(model, optimizer, (torch.zeros(2, 6),)).detach()
+
+
+@every_method
+def test_complex_weights_are_refused(case: Case) -> None:
+    kinds = {"dtype": torch.complex128}
+    model = nn.Sequential(nn.Linear(6, 12, **kinds), nn.Tanh(), nn.Linear(12, 3, **kinds))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    method = case.make()
+    if isinstance(method, OptimizerReset):
+        return  # which writes no weight
+    with pytest.raises((ValueError, RuntimeError), match=r"floating-point parameters.*complex128|none|no hidden units"):
+        method.attach(model, optimizer, (torch.zeros(2, 6, **kinds),))
