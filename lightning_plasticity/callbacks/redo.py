@@ -179,8 +179,8 @@ class ReDo(UnitCallback):
                 self.leave_alone(population.sets[i].name, f"the {kind} of its units")
                 continue
             scores = gradient_scores if self.score == "gradient" else dormancy_scores
-            dormant = (scores(total / max(count, 1.0)) <= self.threshold).nonzero().squeeze(1)
-            if count and len(dormant):
+            dormant = (scores(total / count) <= self.threshold).nonzero().squeeze(1)  # none is, if no rank heard any
+            if len(dormant):
                 chosen[i] = dormant
                 self.replaced += len(dormant)
         population.replace(chosen, self._initial)

@@ -44,17 +44,20 @@ def stages(file: str) -> list[list[str]]:
     if tests := [*of_users(file)]:
         found.append(tests)
     if room in MEASURES:
-        return [*found, ["tests/faults/test_measures.py", *SETTINGS]]
+        monitors = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("c*/test_monitor*.py"))
+        return [*found, monitors, ["tests/faults/test_measures.py", *SETTINGS]]
     # A method's class has the file's name; what serves all methods is asked of some.
     methods = ["-k", stem.replace("_", "") if is_method else " or ".join(SOME_METHODS)]
     return [*found, [*CONTRACT, *methods], ["tests/faults", *methods], SETTINGS, ["tests/contract"]]
 
 
 def of_room(room: str) -> list[str]:
-    """The tests of a room; those of the monitor where it has none of its own."""
+    """The tests of a room; where it has none of its own, those of the rooms that import it."""
     if (ROOT / "tests" / room).is_dir():
         return [f"tests/{room}"]
-    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("callbacks/test_monitor*.py"))
+    package, name = ROOT / "lightning_plasticity", f"lightning_plasticity.{room}"
+    rooms = {path.parent.name for path in package.glob("*/*.py") if f"from {name}" in path.read_text()}
+    return [f"tests/{other}" for other in sorted(rooms - {room, "callbacks"}) if (ROOT / "tests" / other).is_dir()]
 
 
 def of_users(file: str) -> Iterator[str]:
