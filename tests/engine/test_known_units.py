@@ -4,6 +4,7 @@ import pytest
 import torch
 from callbacks.streams import INPUT, mlp, train
 from torch import nn
+from units.test_find import Function
 
 from lightning_plasticity import ContinualBackprop
 
@@ -108,3 +109,26 @@ def test_a_network_of_which_all_is_left_out_is_refused_with_the_reasons(module):
     message = rf"has none to work on in '{where}'[^\n]*\n  {layer}: it is excluded"
     with pytest.raises(ValueError, match=message):
         method.step()
+
+
+def test_what_is_left_out_are_layers_their_parts_and_others_with_matrices_but_no_embeddings(caplog) -> None:
+    parts = {
+        "words": nn.Embedding(7, 6),
+        "attention": nn.MultiheadAttention(6, 2, batch_first=True),
+        "norm": nn.LayerNorm(6),
+        "hidden": nn.Linear(6, 8),
+        "out": nn.Linear(8, 6),
+        "pair": nn.Bilinear(6, 6, 2),
+    }
+
+    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.words(x))
+        x = x + self.attention(x, x, x)[0]
+        x = x + self.out(self.hidden(x).relu())
+        return self.pair(x, x)
+
+    model = Function(forward, **parts)
+    with caplog.at_level("INFO"):
+        ContinualBackprop().attach(model, None, example_inputs=(torch.zeros(2, 3, dtype=torch.int64),)).detach()
+    left_out = "'attention.q_proj', 'attention.k_proj', 'attention.out_proj', 'out' and 1 more"
+    assert f"14 units of 2 layers (of 7). Left out: {left_out}; find_units(" in caplog.text
