@@ -206,8 +206,8 @@ def trainers_batches(trainer: Trainer, weight: float) -> Iterable[Any]:
     dataset: Dataset[Any] = loader.dataset
     rank = dist.get_rank() if world_size() > 1 else 0
     order: list[int] = list(DistributedSampler(dataset, world_size(), rank, shuffle=False))
-    counting = 1 if weight == 1 else math.ceil(math.log(_NEGLIGIBLE) / math.log1p(-weight))
-    begin = max(0, math.ceil(len(order) / size) - counting) * size
+    counting = 1.0 if weight == 1 else math.log(_NEGLIGIBLE) / math.log1p(-weight)  # infinite for the smallest weights
+    begin = math.floor(max(0.0, math.ceil(len(order) / size) - counting)) * size
     return DataLoader(
         dataset,
         size,

@@ -31,6 +31,7 @@ def in_order(begin: int, size: int) -> list[list[int]]:
         (0.5, 30),  # of the thirtieth before the end one half to the thirtieth is left
         (0.75, 15),
         (0.1, 50),  # all count
+        (5e-324, 50),
     ],
 )
 def test_batches_count_from_where_on_they_are_more_than_rounding(
