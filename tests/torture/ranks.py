@@ -1,6 +1,7 @@
 """Random cases on two and on four ranks with different data: equal to the last bit on all, or refused on all."""
 
 import hashlib
+import pickle
 import socket
 import tempfile
 from collections import Counter
@@ -76,10 +77,29 @@ def train(model: nn.Module, methods: list[Any], optimizer: str, lost: set[int], 
 
 
 def on_rank(rank: int, ranks: int, port: int, count: int) -> dict[str, int]:
-    """All cases, in step with the other ranks; hypothesis draws and shrinks alike on all of them."""
+    """All cases, in step with the other ranks. The first one draws them, and shrinks what fails; others follow it."""
     store = dist.TCPStore("127.0.0.1", port, ranks, rank == 0, timeout=PATIENCE)
     outcomes: Counter[str] = Counter()
     number = 0
+
+    def play(layers: nn.Sequential, chosen: list[Any], optimizer: str, lost: set[int]) -> None:
+        nonlocal number
+        number += 1
+        torch.manual_seed(0)
+        # A group for each case: what one that failed has left on the way does not reach the next.
+        dist.init_process_group(
+            "gloo", store=dist.PrefixStore(str(number), store), rank=rank, world_size=ranks, timeout=PATIENCE
+        )
+        try:
+            found = f"equal {train(renewed(layers), made(chosen), optimizer, lost, rank)}"
+        except Exception as error:
+            found = "refused" if is_clear(error) else f"failed: {type(error).__name__}: {error}"
+        store.set(f"{number} of {rank}", found)
+        of_all = [store.get(f"{number} of {other}").decode() for other in range(ranks)]
+        dist.destroy_process_group()  # not before: others might still be on their way into it
+        if rank == 0 and (len(set(of_all)) > 1 or found.startswith("failed")):
+            raise AssertionError("; ".join(of_all))
+        outcomes[found.split()[0]] += 1
 
     @settings(
         max_examples=count,
@@ -95,26 +115,19 @@ def on_rank(rank: int, ranks: int, port: int, count: int) -> dict[str, int]:
         optimizer=OPTIMIZERS,
         lost=st.sets(st.integers(1, STEPS - 1), max_size=2),
     )
-    def case(layers: nn.Sequential, chosen: list[Any], optimizer: str, lost: set[int]) -> None:
-        nonlocal number
-        number += 1
-        torch.manual_seed(0)
-        # A group for each case: what one that failed has left on the way does not reach the next.
-        dist.init_process_group(
-            "gloo", store=dist.PrefixStore(str(number), store), rank=rank, world_size=ranks, timeout=PATIENCE
-        )
-        try:
-            found = f"equal {train(renewed(layers), made(chosen), optimizer, lost, rank)}"
-        except Exception as error:
-            found = "refused" if is_clear(error) else f"failed: {type(error).__name__}: {error}"
-        store.set(f"{number} of {rank}", found)
-        of_all = [store.get(f"{number} of {other}").decode() for other in range(ranks)]
-        dist.destroy_process_group()  # not before: others might still be on their way into it
-        if len(set(of_all)) > 1 or found.startswith("failed"):
-            raise AssertionError("; ".join(of_all))
-        outcomes[found.split()[0]] += 1
+    def draw(layers: nn.Sequential, chosen: list[Any], optimizer: str, lost: set[int]) -> None:
+        case = layers, chosen, optimizer, lost
+        store.set(f"case {number + 1}", pickle.dumps(case))
+        play(*case)
 
-    case()
+    if rank == 0:
+        try:
+            draw()
+        finally:
+            store.set(f"case {number + 1}", pickle.dumps(None))
+    else:
+        while (case := pickle.loads(store.get(f"case {number + 1}"))) is not None:
+            play(*case)
     store.set(f"end of {rank}", "")
     if rank == 0:  # its store is in this process, and others may still read from it
         store.wait([f"end of {other}" for other in range(ranks)], PATIENCE)
