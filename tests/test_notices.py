@@ -16,13 +16,13 @@ from lightning_plasticity import OptimizerReset
 from lightning_plasticity.notices import warn, warn_on_rank_zero
 
 
-def inside(module: str, function: FunctionType, **names: Any) -> FunctionType:
-    """The function, as if it had been written in a module."""
-    return FunctionType(function.__code__, {"__name__": module, **names})
+def inside(module: str, function: FunctionType, *defaults: Any) -> FunctionType:
+    """The function, as if it had been written in a module, with values for arguments that it is not given."""
+    return FunctionType(function.__code__, {"__name__": module}, None, defaults)
 
 
-def says() -> None:
-    warns("look here")  # noqa: F821
+def says(warns: Callable[[str], None]) -> None:
+    warns("look here")
 
 
 def calls(function: Callable[[], None]) -> None:
@@ -31,13 +31,13 @@ def calls(function: Callable[[], None]) -> None:
 
 @pytest.mark.parametrize("warns", [warn, warn_on_rank_zero])
 def test_frameworks_are_passed_over(warns: Callable[[str], None]) -> None:
-    ours, through_torch = inside("lightning_plasticity.engine.loop", says, warns=warns), inside("torch.optim", calls)
+    ours, through_torch = inside("lightning_plasticity.engine.loop", says, warns), inside("torch.optim", calls)
     with pytest.warns(UserWarning, match="look here") as said:
         through_torch(ours)
     line = currentframe().f_lineno - 1
     assert [(warning.filename, warning.lineno) for warning in said] == [(__file__, line)]
     with pytest.warns(UserWarning, match="look here") as said:
-        through_torch(inside("torchlike.own", says, warns=warns))
+        through_torch(inside("torchlike.own", says, warns))
     assert [(warning.filename, warning.lineno) for warning in said] == [(__file__, says.__code__.co_firstlineno + 1)]
 
 

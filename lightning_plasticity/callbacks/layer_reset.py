@@ -106,7 +106,7 @@ class LayerReset(ScheduledCallback):
     def _grow(self) -> None:
         warn(
             "LayerReset counts the last layers among those that were called before the first step, and resets "
-            f"{checks.few(self._chosen)}. Training calls others only now. If these are meant, name them with layers=.",
+            f"{checks.few(self._chosen)}. Training calls others only now. If these are meant, name them with layers=."
         )
 
     @override

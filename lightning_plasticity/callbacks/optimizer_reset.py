@@ -115,7 +115,7 @@ class OptimizerReset(ScheduledCallback):
             names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
             warn(
                 f"OptimizerReset(what={self.what!r}) found nothing to reset: {names} keeps nothing of that kind. "
-                "Use what='all', or leave the method out for this optimizer.",
+                "Use what='all', or leave the method out for this optimizer."
             )
 
     @override

@@ -212,7 +212,7 @@ class SoftWeightRescaling(PlasticityCallback):
         if at_zero and self._saved is None:
             warn(
                 f"SoftWeightRescaling draws weights to their initial norm, which is 0 for {', '.join(at_zero)}: "
-                "they would hardly grow. Exclude these layers, or start them from something else.",
+                "they would hardly grow. Exclude these layers, or start them from something else."
             )
 
     @override

@@ -165,7 +165,7 @@ class LoopMethod(ShowsSettings, Method, ABC):
         if self._calls_without_step == _MANY_CALLS:
             warn(
                 f"{type(self).__name__}.step() was called {_MANY_CALLS} times in a row, and none of its optimizers has "
-                "made a step in between. If another optimizer trains the model now, call detach() and attach() again.",
+                "made a step in between. If another optimizer trains the model now, call detach() and attach() again."
             )
 
     def detach(self) -> None:
@@ -238,7 +238,7 @@ class LoopMethod(ShowsSettings, Method, ABC):
             self._left_alone.add(name)
             warn(
                 f"{type(self).__name__} leaves {name!r} alone where {what} are not finite. If that does not pass, "
-                "train with a smaller learning rate or clip gradients.",
+                "train with a smaller learning rate or clip gradients."
             )
 
     def not_called(self) -> list[str]:

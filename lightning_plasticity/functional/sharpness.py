@@ -98,6 +98,6 @@ def largest_eigenvalue(
     else:
         warn(
             f"The largest eigenvalue must converge in {max_iterations} iterations, got {eigenvalue:.4g} with residual "
-            f"{residual:.2g}, more than {tolerance:g} of it: raise `max_iterations` or `tolerance`.",
+            f"{residual:.2g}, more than {tolerance:g} of it: raise `max_iterations` or `tolerance`."
         )
     return torch.tensor(eigenvalue, dtype=torch.float64)

@@ -124,7 +124,7 @@ class FeatureReader:
                 "Measures of features need hidden layers, but none was found: these measures are left out. "
                 "`find_units(model, example, explain=True)` prints why. Name the modules whose output to measure with "
                 "layers=, the part of the model that has hidden units with module=, or give other metrics only."
-                + "".join(f"\n  {layer}: {reason}" for layer, reason in reasons),
+                + "".join(f"\n  {layer}: {reason}" for layer, reason in reasons)
             )
 
     def _read_units(self, name: str, units: HiddenUnits) -> None:

@@ -244,7 +244,7 @@ class LoopMonitor(ShowsSettings):
         if self.figures and loggers and not _can_draw():
             warn(
                 "PlasticityMonitor draws no figures, because matplotlib is not installed. Install it with "
-                "`pip install lightning-plasticity[plot]`, or set figures=False.",
+                "`pip install lightning-plasticity[plot]`, or set figures=False."
             )
 
     # ---- checkpoints

@@ -88,7 +88,7 @@ def test_of_parts_only_what_differentiates_the_model_is_refused() -> None:
 def test_one_number_is_required_of_a_metric() -> None:
     for value, shown in ((torch.ones(2), r"\(2,\)"), (torch.ones(0), r"\(0,\)"), (1.0, "float")):
         measures = Measures({"own": OutputSize()}, synchronize=True)
-        measures.of("inputs")[0].compute = lambda value=value: value  # type: ignore[method-assign]
+        measures.of("inputs")[0].compute = lambda value=value: value
         with pytest.raises(ValueError, match=f"one number, but that of 'own' gives {shown}"):
             measures.take({("own", ""): 1})
 
@@ -131,4 +131,4 @@ def test_the_default_set() -> None:
         (M.DeadUnits(), "a dict from names to metrics, or None, got DeadUnits"),
     ):
         with pytest.raises(ValueError, match=message):
-            named(wrong)  # type: ignore[arg-type]
+            named(wrong)

@@ -3,6 +3,7 @@
 import traceback
 from typing import Any
 
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -62,6 +63,18 @@ METHODS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
 }
 OPTIMIZERS = st.sampled_from(["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam"])
 ACTIVATIONS = st.sampled_from([nn.ReLU, nn.Tanh, nn.GELU, nn.LeakyReLU, nn.Identity])
+
+
+def alike(count: int) -> settings:
+    """So many cases, the same in every run; one that fails is shrunk."""
+    return settings(
+        max_examples=count,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 @st.composite

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from lightning_plasticity.editing import entry_ages
 from torture.cases import (
     METHODS,
     OPTIMIZERS,
+    alike,
     chosen_methods,
     is_clear,
     is_normed,
@@ -170,14 +171,7 @@ class Run(LightningModule):
 
 def run(count: int) -> str:
     """All cases, and their figures in Markdown."""
-    settings(
-        max_examples=count,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
-    )(case)()
+    alike(count)(case)()
     lines = [
         "Random networks, plain, convolutional and residual, with one to three methods, with settings right and wrong,",
         "six optimizers, accumulation, loops and precisions of ten kinds, batches that are lost to NaN. Each case must",

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torture.cases import (
     OPTIMIZERS,
+    alike,
     chosen_methods,
     is_clear,
     is_normed,
@@ -101,14 +102,7 @@ def on_rank(rank: int, ranks: int, port: int, count: int) -> dict[str, int]:
             raise AssertionError("; ".join(of_all))
         outcomes[found.split()[0]] += 1
 
-    @settings(
-        max_examples=count,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
-    )
+    @alike(count)
     @given(
         layers=networks(),
         chosen=chosen_methods(),

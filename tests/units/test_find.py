@@ -614,7 +614,9 @@ def test_random_states_of_accelerators_are_put_back_each_where_it_was(monkeypatc
     states = {("cuda", 0): 10, ("cuda", 1): 11, ("mps",): 12}
 
     def of(device):
-        place = lambda index: (device.type, *(x.index for x in index))  # noqa: E731
+        def place(index):
+            return device.type, *(x.index for x in index)
+
         return SimpleNamespace(
             get_rng_state=lambda *index: states[place(index)],
             set_rng_state=lambda state, *index: states.update({place(index): state}),
